@@ -25,7 +25,7 @@ def _readable() -> str:
     return ""
 
 
-def _never() -> bool:
+def _never(_over: datetime) -> bool:
     return False
 
 
@@ -48,12 +48,12 @@ class JobClock:
         *,
         default_eta_minutes: float,
         unreadable: Callable[[], str] = _readable,
-        asks_last: Callable[[], bool] = _never,
+        asks_last: Callable[[datetime], bool] = _never,
         begun_at: Callable[[], datetime | None] = _not_yet,
     ) -> None:
         """`unreadable`: why the job's state cannot be read, empty where it can. `begun_at`: when it began its work.
 
-        `asks_last`: polls once more before a timeout where that may bring news; whether its answer is awaited.
+        `asks_last`: polls once more, past the deadline, where that may bring news; whether its answer is awaited.
         """
         self._begun_at = begun_at
         self._record = record
@@ -167,7 +167,7 @@ class JobClock:
         """
         now = workflow.now()
         over = self._ends_at()
-        if now >= over + LAST_ANSWER_WITHIN or (now >= over and not self._asks_last()):
+        if now >= over + LAST_ANSWER_WITHIN or (now >= over and not self._asks_last(over)):
             unreadable = self._unreadable()
             if unreadable:
                 raise TaskFailed(FailureCode.REPLY_INVALID, f"{self._timeout_sentence()} {unreadable}")

@@ -243,12 +243,15 @@ class JobWatch:
             call = JobCall(call_for=self._outside.call_for, job_id=self.state.current)
             self._poll = self._outside.visible(self._routes.get, call, summary=POLL, retry=RETRY_SILENCE_ONLY)
 
-    def asks_before_timeout(self) -> bool:
-        """Poll once more where the last news came from the store alone. Whether the answer is awaited."""
-        if self._poll is None and self._ticks.hides_reports():
+    def asks_before_timeout(self, over: datetime) -> bool:
+        """Poll once after `over` where the last news came from the store alone. Whether the answer is awaited."""
+        if not self._ticks.hides_reports():
+            return False
+        if self._poll is None:
+            if self._ticks.polled_at is not None and self._ticks.polled_at >= over:
+                return False
             self._ask()
-            return True
-        return self._poll is not None and self._ticks.hides_reports()
+        return True
 
     def is_polling(self) -> bool:
         return self._poll is not None
@@ -284,6 +287,8 @@ class JobWatch:
             longer, max(self._limits.policy.poll_at_most_seconds, self._limits.poll_after_seconds)
         )
         self.state.last_news_at = workflow.now()
+        if workflow.patched("polls-without-news-count"):
+            self._ticks.polled_at = workflow.now()
 
     def _unreadable(self, failure: TaskFailed) -> None:
         """End the job once its state was unreadable for 15 minutes (contract §4); until then the poll is repeated.

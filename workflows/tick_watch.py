@@ -30,6 +30,8 @@ class TickWatch:
         self._outside = outside
         self._state = state
         self._look: ActivityHandle[Heard | None] | None = None
+        self.polled_at: datetime | None = None
+        """When this run last polled ComfyUI, with or without news."""
 
     def due(self) -> datetime | None:
         """When to look: once after each silence of a job that has reported."""
@@ -38,7 +40,7 @@ class TickWatch:
             return None
         if state.unknown_since is not None or self._has_looked_since(state.last_news_at):
             return None
-        if state.reported_at is not None and workflow.now() - state.reported_at >= UNPOLLED_AT_MOST:
+        if self._is_poll_wanted():
             return None
         return state.last_news_at + timedelta(seconds=self._outside.limits.poll_after_seconds)
 
@@ -85,6 +87,11 @@ class TickWatch:
         if not self._is_on() or state.reported_at is None or state.last_news_at is None:
             return False
         return state.last_news_at > state.reported_at
+
+    def _is_poll_wanted(self) -> bool:
+        """Whether ComfyUI itself has been silent for so long that it is polled, whatever the store has heard."""
+        spoke = max((at for at in (self._state.reported_at, self.polled_at) if at is not None), default=None)
+        return spoke is not None and workflow.now() - spoke >= UNPOLLED_AT_MOST
 
     def _is_on(self) -> bool:
         return self._outside.limits.policy.short_way

@@ -425,6 +425,45 @@ def test_a_poll_with_nothing_new_makes_the_next_silence_longer(watched: Watched)
     assert watched.due_in() == 60.0
 
 
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """A job that reported half an hour ago, and was heard of in the store since."""
+    watched = Watched(monkeypatch, limits=limits_of(short_way=True))
+    watched.watch.follow("j1")
+    watched.receive(said(4))
+    watched.pass_seconds(1_800)
+    watched.state.last_news_at = watched.now
+    return watched
+
+
+def test_a_poll_that_shows_what_ticks_have_shown_ends_the_polls_for_half_an_hour(ticking: Watched) -> None:
+    ticking.answered(Answer(reply=state(4)))
+
+    assert ticking.due_in() == 30.0, "the store is looked into, before a poll after 60 s"
+
+
+@pytest.mark.parametrize("answer", ["the same state", "unknown", "unreadable"])
+def test_one_last_poll_is_made_before_a_timeout(ticking: Watched, answer: str) -> None:
+    answers: dict[str, Answer[JobState] | Exception] = {
+        "the same state": Answer(reply=state(4)),
+        "unknown": Answer(refusal=UNKNOWN),
+        "unreadable": UNREADABLE,
+    }
+    deadline = ticking.now
+    assert ticking.watch.asks_before_timeout(deadline)
+    [poll] = ticking.polls.all
+    ticking.pass_seconds(1)
+    assert ticking.watch.asks_before_timeout(deadline), "its answer is awaited"
+    poll.answer = answers[answer]
+    ticking.watch.read()
+
+    assert not ticking.watch.asks_before_timeout(deadline)
+    assert len(ticking.polls.all) == 1
+
+    ticking.pass_seconds(60)
+    assert ticking.watch.asks_before_timeout(ticking.now), "a later deadline has a last poll of its own"
+
+
 def test_a_poll_that_was_dropped_is_not_read(watched: Watched) -> None:
     poll = watched.ask()
     watched.watch.stop_polling()

@@ -145,6 +145,26 @@ async def test_past_its_deadline_a_task_times_out_and_everything_is_given_back(
     assert ends_after - 0.1 <= lasted <= ends_after + 0.6
 
 
+@pytest.mark.usefixtures("short_way")
+async def test_a_job_that_hangs_while_comfyui_answers_is_polled_once_more_before_its_timeout(
+    slow_platform: Platform,
+) -> None:
+    """It was polled without a pause for ten seconds, some hundred times."""
+    comfyui = slow_platform.simulators.admin.comfyui
+    await comfyui.fault("job_stall", route="submit_job", while_queued=True)
+    await comfyui.fault("alter", route="get_job", times=None, fields={"sequence": 1})
+    handle = await slow_platform.start_waiting_image()
+    await announce(slow_platform, handle, job_status="processing", estimated_time=2)
+    for minutes in (2, 2, 1.8):
+        await slow_platform.pass_time(handle, minutes * MINUTE)
+        await slow_platform.until_settled(handle)
+    before = len(await comfyui.requests_seen("get_job", task_id_of(handle)))
+    await slow_platform.pass_time(handle, 0.3 * MINUTE)
+    assert (await ended(slow_platform, handle)).code == "timeout"
+    polls = len(await comfyui.requests_seen("get_job", task_id_of(handle))) - before
+    assert polls <= 2, "one that was due, and the last one"
+
+
 async def test_a_job_that_waits_in_the_queue_has_no_deadline_but_the_whole_day(slow_platform: Platform) -> None:
     """Behind a busy server a healthy task ended `timeout`, still queued."""
     slow_platform.policy = NO_POLLS
