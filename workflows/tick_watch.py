@@ -78,6 +78,8 @@ class TickWatch:
         if heard is None or heard.sequence <= newest.sequence or newest.is_final:
             return None
         self._state.last_news_at = workflow.now() - timedelta(seconds=heard.seconds_ago)
+        if workflow.patched("looks-again-once-heard"):
+            self._state.looked_at = None  # the look that brought this news is none after it
         figures = heard.model_dump(include={"sequence", "progress", "next_eta", "queue_position"})
         return newest.model_copy(update=figures)
 

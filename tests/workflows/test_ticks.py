@@ -89,6 +89,12 @@ async def test_a_job_that_ticks_is_not_polled_and_one_that_falls_silent_is(slow_
 
     await slow_platform.until(heard)
     assert await scheduled(handle, "get_job") == []
+    for progress in (31.0, 32.0, 33.0, 34.0, 35.0, 36.0):
+        await report(slow_platform, handle, stage_progress=progress)
+        await shown(slow_platform, handle, progress)
+        await slow_platform.pass_time(handle, 31)
+        await slow_platform.until_settled(handle)
+    assert await scheduled(handle, "get_job") == []
 
     await slow_platform.pass_time(handle, 125)
 
