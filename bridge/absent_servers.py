@@ -1,6 +1,7 @@
 """Servers that were there a short time ago: a worker that drains, is replaced or was killed comes back.
 
-What only they can run is not refused meanwhile, and jobs that wait for them go on waiting.
+What only they can run is not refused meanwhile, nor a training for their type of GPU, and jobs that wait for them go on
+waiting.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ class AbsentServers:
         self._last |= {name: (server, now) for name, server in there.items()}
         self._last = {name: seen for name, seen in self._last.items() if now - seen[1] < COMES_BACK_WITHIN}
 
+    @property
+    def servers(self) -> list[SeenServer]:
+        """Those that may come back, sorted by name."""
+        return [self._last[name][0] for name in sorted(self._last.keys() - self._present)]
+
     def can_run(self, pool: str, template_id: str) -> bool:
         """Whether a server of the pool that may come back could run the template."""
         return any(
-            server.pool == pool and server.report is not None and server.can_run(template_id)
-            for name, (server, _) in self._last.items()
-            if name not in self._present
+            server.pool == pool and server.report is not None and server.can_run(template_id) for server in self.servers
         )

@@ -106,7 +106,7 @@ class Expected:
 
 
 class Forecast:
-    """Caches values for a short time. Uses defaults if Temporal does not answer."""
+    """Caches values for a short time. Uses defaults if Temporal does not answer, but where a method raises."""
 
     def __init__(self, client: Client, *, task_queue: str = BRIDGE_QUEUE) -> None:
         self._client = client
@@ -201,6 +201,20 @@ class Forecast:
         """The running GPU workers, sorted by name; empty if Temporal does not answer."""
         return await self._cached(("servers",), self._read_servers, [], CACHE_SECONDS)
 
+    async def gpu_types(self, pool: str) -> list[str]:
+        """Types of GPU of the pool's servers, sorted; also of those that were there a short time ago: they come back.
+
+        Raises RPCError, TimeoutError: "no server" would refuse for good what a second try takes.
+        """
+        present, absent = await self._known_servers()
+        return sorted({server.gpu_type for server in [*present, *absent] if server.pool == pool})
+
+    async def _known_servers(self) -> tuple[list[SeenServer], list[SeenServer]]:
+        """The running servers, and those that may come back. Raises RPCError, TimeoutError."""
+        present = await self._fresh(("servers",), self._read_servers, CACHE_SECONDS)
+        names = {server.name for server in present}
+        return present, [server for server in self._absent.servers if server.name not in names]
+
     async def _read_servers(self) -> list[SeenServer]:
         pollers = await self._read_pollers()
         reports = await self._reports.of({server.name for _, server, _ in pollers})
@@ -289,18 +303,22 @@ class Forecast:
         )
 
     async def gpus(self, accelerated_run_seconds: float) -> list[dict[str, Any]]:
-        """The list of contract §3: one row for each type of GPU."""
-        servers, busy = await asyncio.gather(self.servers(), self.busy_servers())
+        """The list of contract §3: one row for each type of GPU. A server that is away and comes back is not available.
+
+        Raises RPCError, TimeoutError: a list without servers ends a training for good.
+        """
+        (present, absent), busy = await asyncio.gather(self._known_servers(), self.busy_servers())
         rows: list[dict[str, Any]] = []
-        for gpu_type in sorted({server.gpu_type for server in servers}):
-            of_type = [server for server in servers if server.gpu_type == gpu_type]
-            available = sum(server.name not in busy for server in of_type)
-            ahead = max([(await self.backlog(pool)).accelerated for pool in {server.pool for server in of_type}])
-            wait = 0.0 if available and not ahead else (ahead + 1) * accelerated_run_seconds / len(of_type) / 60
+        for gpu_type in sorted({server.gpu_type for server in [*present, *absent]}):
+            there = [server for server in present if server.gpu_type == gpu_type]
+            away = [server for server in absent if server.gpu_type == gpu_type]
+            available = sum(server.name not in busy for server in there)
+            ahead = max([(await self.backlog(pool)).accelerated for pool in {server.pool for server in there + away}])
+            wait = 0.0 if available and not ahead else (ahead + 1) * accelerated_run_seconds / max(1, len(there)) / 60
             rows.append(
                 {
                     "gpu_type": gpu_type,
-                    "total": len(of_type),
+                    "total": len(there) + len(away),
                     "available": available,
                     "accelerated_wait": round(wait, 4),
                 }
@@ -319,18 +337,22 @@ class Forecast:
         )
 
     async def _cached(self, key: Hashable, read: Callable[[], Awaitable[T]], default: T, cache_seconds: float) -> T:
-        """The cached value while it is fresh, otherwise a new one; `default` if Temporal fails."""
+        """As `_fresh`; `default` if Temporal fails."""
+        try:
+            return await self._fresh(key, read, cache_seconds)
+        except (RPCError, TimeoutError) as error:
+            log.warning("forecast_unknown", about=str(key), reason=type(error).__name__)
+            return default
+
+    async def _fresh(self, key: Hashable, read: Callable[[], Awaitable[T]], cache_seconds: float) -> T:
+        """The cached value while it is fresh, otherwise a new one. Raises RPCError, TimeoutError."""
         async with self._locks.setdefault(key, asyncio.Lock()):
-            at, value = self._cache.get(key, (float("-inf"), default))
+            at, value = self._cache.get(key, (float("-inf"), None))
             if time.monotonic() - at < cache_seconds:
                 cached: T = value
                 return cached
-            try:
-                async with asyncio.timeout(REQUEST_SECONDS):
-                    fresh = await read()
-            except (RPCError, TimeoutError) as error:
-                log.warning("forecast_unknown", about=str(key), reason=type(error).__name__)
-                return default
+            async with asyncio.timeout(REQUEST_SECONDS):
+                fresh = await read()
             self._cache[key] = (time.monotonic(), fresh)
             return fresh
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Final
 
+import structlog
 from pydantic import Field, JsonValue
+from temporalio.service import RPCError
 
 from bridge.calls import CANCEL_UPDATE, JOB_WORKFLOW, run_id_of, workflow_id
 from bridge.control_images import ControlImages, address_of
 from bridge.forecast import CanRun, Forecast
 from bridge.lora_files import LoraFiles
 from bridge.orders import ImageJob, JobView, RenderedGraph
-from bridge.replies import Call, Refused, Reply, checked
+from bridge.replies import Call, Refused, Reply, Unanswered, checked
 from bridge.runs import NewRun, Runs, fingerprint
 from bridge.server_check import no_server
 from bridge.template_library import TemplateLibrary
@@ -27,6 +30,7 @@ from comfyui_temporal.contracts.size_budget import MAX_IMAGES, MAX_LORAS
 from comfyui_temporal.contracts.tasks import Extras
 
 GPU_SLOTS: Final = 1
+log = structlog.get_logger(__name__)
 
 
 class TakenLora(LoraFile):
@@ -119,7 +123,8 @@ class ImageService:
 
     async def gpus(self, call: Call) -> Reply:
         default = SCENES[Scene.IMAGE_GENERATE].eta_minutes[TaskPriority.ACCELERATED]
-        return Reply(200, await self._forecast.gpus(default * 60))
+        with servers_known():
+            return Reply(200, await self._forecast.gpus(default * 60))
 
     async def templates(self, call: Call) -> Reply:
         """Every template, with its prices, and how many servers can run it."""
@@ -183,6 +188,16 @@ class ImageService:
             )
         except UnknownPrice as error:
             raise Refused("payload_invalid", fields=[str(error)]) from None
+
+
+@contextmanager
+def servers_known() -> Iterator[None]:
+    """Raises Unanswered where Temporal does not say which servers there are."""
+    try:
+        yield
+    except (RPCError, TimeoutError) as error:
+        log.warning("servers_unknown", reason=type(error).__name__)
+        raise Unanswered(503, "Temporal does not say now which servers there are") from None
 
 
 def demand_runnable(can_run: CanRun, template_id: str) -> None:

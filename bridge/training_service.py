@@ -27,7 +27,7 @@ from bridge.forecast import Forecast
 from bridge.orders import TrainingJob, long_list
 from bridge.replies import Call, Refused, Reply, Unanswered, checked
 from bridge.runs import NewRun, Runs, fingerprint
-from bridge.service import GPU_SLOTS, check_callback, demand_runnable, require_user
+from bridge.service import GPU_SLOTS, check_callback, demand_runnable, require_user, servers_known
 from bridge.storage import STORAGE_ERRORS, Storage
 from bridge.template_library import TemplateLibrary
 from bridge.templates import RequestRefused, Template
@@ -255,7 +255,8 @@ class TrainingService:
         return Resumed(path, int(match["epoch"]), int(match["step"]))
 
     async def _gpu_type(self, requested: str | None, pool: str) -> str:
-        offered = sorted({server.gpu_type for server in await self._forecast.servers() if server.pool == pool})
+        with servers_known():
+            offered = await self._forecast.gpu_types(pool)
         if requested is not None and requested not in offered:
             raise _invalid("gpu_type", f"no server has {requested!r}; offered are {', '.join(offered) or 'none'}")
         return requested or (offered[0] if offered else "any")

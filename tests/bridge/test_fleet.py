@@ -7,6 +7,7 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from temporalio.service import RPCError, RPCStatusCode
 
 from bridge import fitness, gpu_worker, placement
 from bridge.absent_servers import COMES_BACK_WITHIN, AbsentServers
@@ -19,6 +20,8 @@ from bridge.server_name import NameTaken, demand_name, name_of, owner_of
 from runtime.required_settings import CannotStart
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, Json
+from tests.bridge.test_trainings import MODELS, training_body
+from tests.conftest import unique
 
 Servers = tuple[NativeServer, NativeServer]
 CHECKPOINT = {"checkpoints": ["a.safetensors"]}
@@ -102,6 +105,43 @@ async def test_while_the_only_server_that_can_run_it_restarts_a_job_waits(
         async with bridge.gpu(having):
             for job in (running, waiting, later):
                 assert (await bridge.ended(job["job_id"]))["error_details"] is None
+
+
+async def test_while_temporal_does_not_say_which_servers_there_are_nothing_is_said_of_gpus(
+    bridge: BridgePlatform, native: NativeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unavailable() -> list[tuple[str, SeenServer, datetime]]:
+        raise RPCError("unavailable", RPCStatusCode.UNAVAILABLE, b"")
+
+    await native.admin.set(models=MODELS)
+    body, key = training_body(bridge, gpu_type="rtx-4090"), unique("key")
+    async with bridge.gpu(native):
+        await servers_seen(bridge, 1)
+        with monkeypatch.context() as away:
+            away.setattr(bridge.bridge.forecast, "_read_pollers", unavailable)
+            bridge.bridge.forecast.forget()
+            assert (await bridge.get("/gpus")).status_code == 503
+            refused = await bridge.post("/training", body, key=key)
+            assert refused.status_code == 503, refused.text
+            assert refused.headers["Retry-After"]
+        assert (await bridge.post("/training", body, key=key)).status_code == 202
+        assert (await bridge.get("/gpus")).json()[0]["total"] == 1
+
+
+async def test_a_gpu_whose_worker_restarts_is_there_and_not_available(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    await native.admin.set(models=MODELS)
+    assert (await bridge.get("/gpus")).json() == []
+    async with bridge.gpu(native):
+        await servers_seen(bridge, 1)
+    bridge.bridge.forecast.forget()
+    rows = (await bridge.get("/gpus")).json()
+    assert [(row["gpu_type"], row["total"], row["available"]) for row in rows] == [("rtx-4090", 1, 0)]
+    assert rows[0]["accelerated_wait"] > 0
+    answer = await bridge.post("/training", training_body(bridge, gpu_type="rtx-4090"))
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["gpu_type"] == "rtx-4090"
 
 
 async def until_checked(bridge: BridgePlatform, job: Json, *, times: int) -> None:
