@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import mimetypes
+from collections.abc import Sequence
 
 from temporalio.exceptions import ApplicationError
 
@@ -19,7 +20,7 @@ from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 
 
 class DatasetCopies:
-    """Remembers what it has put there: every chunk of a training asks for its dataset."""
+    """Remembers what it has put there: every chunk of a training wants its dataset."""
 
     def __init__(self, server: Server, storage: Storage) -> None:
         self._server = server
@@ -29,21 +30,23 @@ class DatasetCopies:
     async def files(self, order: DatasetOrder) -> list[ResultFile]:
         """A dataset's files on this server."""
         places = [_place_of(order, placed.target) for placed in plan_of(await self._files_of(order)).placed]
-        return [ResultFile(node="", kind="", filename=name, subfolder=folder, type="input") for folder, name in places]
+        return [_file_at(folder, name) for folder, name in places]
 
     def forget(self, order: DatasetOrder) -> None:
         """The server has its files no longer."""
         self._ingested.discard(order.training_id)
 
     async def ingest(self, order: DatasetOrder) -> int:
-        """Put a dataset on the server, once. Returns the number of files.
+        """Put a dataset on the server, again only where it has lost it. Returns the number of files.
 
         Raises ApplicationError: `workflow_invalid`, a `RunFailureType`, or retried.
         """
         try:
             wanted = plan_of(await self._files_of(order)).placed
             if order.training_id in self._ingested:
-                return len(wanted)
+                if await self._is_there(order, wanted):
+                    return len(wanted)
+                self.forget(order)
             corrupt = [placed.file.path for placed in wanted if not await self._ingest_file(order, placed)]
             if corrupt:
                 raise _dataset_refused(f"{named(corrupt)} cannot be read: no pictures, or broken off")
@@ -64,6 +67,17 @@ class DatasetCopies:
             ) from None
         self._ingested.add(order.training_id)
         return len(wanted)
+
+    async def _is_there(self, order: DatasetOrder, wanted: Sequence[Placed]) -> bool:
+        """Whether the server still has it: a restarted one may have lost its files, and an erased file is an empty one.
+
+        The first file, a picture, stands for all. Raises ServerError.
+        """
+        try:
+            async with self._server.fetch(_file_at(*_place_of(order, wanted[0].target))) as (_, chunks):
+                return bool(await anext(chunks, b""))
+        except FileNotFoundError:
+            return False
 
     async def _ingest_file(self, order: DatasetOrder, placed: Placed) -> bool:
         """Upload a verified file. Returns whether it can be read. Raises PromptRefused, ServerError, STORAGE_ERRORS."""
@@ -97,6 +111,10 @@ def _place_of(order: DatasetOrder, path: str) -> tuple[str, str]:
     """(folder, name) of a dataset's file below the server's input folder."""
     folder, _, name = path.rpartition("/")
     return "/".join(part for part in (FOLDER, order.training_id, folder) if part), name
+
+
+def _file_at(folder: str, name: str) -> ResultFile:
+    return ResultFile(node="", kind="", filename=name, subfolder=folder, type="input")
 
 
 def _dataset_refused(problem: str) -> PromptRefused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from PIL import Image
 
+from bridge.task_files import FOLDER
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import TENANT, USER, BridgePlatform, Json
 from tests.bridge.test_servers import until_running
@@ -219,6 +221,31 @@ async def test_losing_a_server_during_a_training_costs_one_chunk(
         assert 1 <= len(await second.admin.runs()) <= 2
     finally:
         await first.restart()
+
+
+@pytest.mark.parametrize("is_erased", [False, True])
+async def test_a_dataset_that_a_restarted_server_has_lost_is_put_there_again(
+    bridge: BridgePlatform, native: NativeServer, is_erased: bool
+) -> None:
+    await native.admin.set(models=MODELS, hold=True)
+    async with bridge.gpu(native):
+        accepted = await created(bridge)
+        await post_action(bridge, accepted["training_id"], "start")
+        await until_running(bridge, native)
+        dataset = native.folder / "input" / FOLDER / accepted["training_id"]
+        if is_erased:
+            for file in dataset.rglob("*.*"):
+                file.write_bytes(b"")
+        else:
+            shutil.rmtree(dataset)
+        await native.admin.forget()
+        await until_running(bridge, native, runs_before=1)
+        files = [file for file in dataset.rglob("*.*") if file.stat().st_size]
+        assert len(files) == 8
+        await native.admin.set(hold=False)
+        state = await ended(bridge, accepted["training_id"])
+    assert state["error_details"] is None, state
+    assert state["checkpoint"]["step"] == 6
 
 
 @pytest.mark.parametrize(
