@@ -303,7 +303,7 @@ class Forecast:
         )
 
     async def gpus(self, accelerated_run_seconds: float) -> list[dict[str, Any]]:
-        """The list of contract §3: one row for each type of GPU. A server that is away and comes back is not available.
+        """The list of contract §3: one row for each type of GPU. A server that is sick, or away, is not available.
 
         Raises RPCError, TimeoutError: a list without servers ends a training for good.
         """
@@ -312,9 +312,10 @@ class Forecast:
         for gpu_type in sorted({server.gpu_type for server in [*present, *absent]}):
             there = [server for server in present if server.gpu_type == gpu_type]
             away = [server for server in absent if server.gpu_type == gpu_type]
-            available = sum(server.name not in busy for server in there)
+            well = [server for server in there if not server.is_sick]
+            available = sum(server.name not in busy for server in well)
             ahead = max([(await self.backlog(pool)).accelerated for pool in {server.pool for server in there + away}])
-            wait = 0.0 if available and not ahead else (ahead + 1) * accelerated_run_seconds / max(1, len(there)) / 60
+            wait = 0.0 if available and not ahead else (ahead + 1) * accelerated_run_seconds / max(1, len(well)) / 60
             rows.append(
                 {
                     "gpu_type": gpu_type,

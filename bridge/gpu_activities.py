@@ -71,6 +71,7 @@ from bridge.warm_up import WarmUps
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 
 HEARTBEAT_SECONDS: Final = 1.0
+STOP_AGAIN_SECONDS: Final = 0.2
 OTHERS_FIRST: Final = timedelta(seconds=20)
 """So long a server leaves a job that it failed to the other servers of its pool."""
 _LOSS: Final = re.compile(r"loss=([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)")
@@ -184,7 +185,7 @@ class GpuActivities:
                     outcome = await _with_heartbeats(
                         prompt.finish(),
                         lambda: (RunBeat(percent=prompt.percent, was_sent=prompt.was_sent).model_dump(),),
-                        on_cancel=prompt.stop,
+                        on_cancel=lambda: self._stop(prompt),
                     )
                 await self._judge(run, outcome, time.monotonic() - began)
             except RunFailure as failure:
@@ -202,6 +203,15 @@ class GpuActivities:
                 attempt=activity.info().attempt,
             )
             return outcome
+
+    async def _stop(self, prompt: PromptRun) -> None:
+        if not await prompt.stop():
+            self._does_not_stop()
+
+    def _does_not_stop(self) -> None:
+        """What hangs in the server keeps it for ever: that must be seen, and a test pattern shows when it is over."""
+        if self._slot.health.problem is None:
+            self._slot.health.fell_sick(f"a cancelled run did not stop within {self._patience.stop:g} s")
 
     def _shown(self, error: ErrorDetails | None, job_id: str) -> ErrorDetails | None:
         """The error as the job's tenant may read it."""
@@ -257,9 +267,7 @@ class GpuActivities:
     async def _clean(self, order: CleanOrder) -> int:
         files = list(order.files)
         for prompt_id in order.prompts:
-            # A server that was away may run what its job has given up.
-            if (await self._server.look_up(prompt_id, ())).state in (PromptState.PENDING, PromptState.RUNNING):
-                await self._server.cancel(prompt_id)
+            await self._stop_left(prompt_id)
             files += [file for file in await self._server.produced(prompt_id) if is_left_by(file, order.job_id)]
         if order.dataset is not None:
             files += await self._datasets.files(order.dataset)
@@ -269,6 +277,17 @@ class GpuActivities:
         for prompt_id in order.prompts:
             await self._server.forget(prompt_id)
         return len(files)
+
+    async def _stop_left(self, prompt_id: str) -> None:
+        """Stop what its job has given up: a server that was away may still run it. Raises ServerError."""
+        until = time.monotonic() + self._patience.stop
+        while (await self._server.look_up(prompt_id, ())).state in (PromptState.PENDING, PromptState.RUNNING):
+            await self._server.cancel(prompt_id)
+            if time.monotonic() > until:
+                self._does_not_stop()
+            if self._slot.health.problem is not None:
+                return
+            await asyncio.sleep(STOP_AGAIN_SECONDS)
 
     @activity.defn(name=INGEST_DATASET)
     async def ingest_dataset(self, order: DatasetOrder) -> int:

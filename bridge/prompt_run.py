@@ -160,23 +160,29 @@ class PromptRun:
                         return GraphOutcome(error=refusal, percent=self.percent)
             return await self._follow()
 
-    async def stop(self) -> None:
-        """Repeat the cancel until the prompt has ended. Gives up on a server that stays silent."""
+    async def stop(self) -> bool:
+        """Repeat the cancel until the prompt has ended. Returns False if the server still has it at the end.
+
+        Gives up on a server that stays silent, which takes nothing anyway.
+        """
         until = time.monotonic() + self._patience.stop
         unknown_since: float | None = None
+        is_there = False
         while time.monotonic() < until:
             try:
                 state = await self._server.cancel(self._run.prompt_id)
+                is_there = state in (PromptState.PENDING, PromptState.RUNNING)
                 unknown_since = (unknown_since or time.monotonic()) if state is PromptState.UNKNOWN else None
                 # A submit that was cut off may still reach the queue.
                 unknown_seconds = time.monotonic() - unknown_since if unknown_since else 0.0
                 may_appear = self._is_submitting and not self.was_sent and unknown_seconds < self._patience.look_again
                 if state is PromptState.ENDED or (state is PromptState.UNKNOWN and not may_appear):
-                    return
+                    return True
             except ServerError as error:
                 log.info("comfyui_cancel_unanswered", reason=str(error))
             await asyncio.sleep(0.2)
         log.warning("comfyui_cancel_given_up", prompt_id=self._run.prompt_id)
+        return not is_there
 
     async def _submit(self) -> ErrorDetails | None:
         """Submit it once. Returns the refusal, or None. Without an answer it is looked up before the next submit."""

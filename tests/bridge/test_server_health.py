@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from dataclasses import replace
 from functools import partial
 
 import pytest
+from temporalio.testing import ActivityEnvironment
 
 from bridge.calls import workflow_of
 from bridge.gpu_worker import GpuWorker
 from bridge.native import NativeServer as NativeClient
-from bridge.orders import GraphOutcome
+from bridge.orders import CleanOrder, GraphOutcome
 from bridge.placement import prompt_id_of
+from bridge.probe import PATTERN
 from bridge.server import QueueState
 from bridge.server_health import QUICK_FAILURES, ServerHealth
 from bridge.slot import Slot
@@ -148,6 +151,39 @@ async def test_a_job_that_waits_for_another_server_can_be_cancelled(
 
         await bridge.until(is_over, seconds=10)
     assert await native.admin.submissions() == []
+
+
+async def test_a_server_that_runs_on_what_was_cancelled_is_sick(bridge: BridgePlatform, native: NativeServer) -> None:
+    await native.admin.set(stuck=True)
+    async with bridge.gpu(native, patience=replace(QUICK, stop=1.0)) as worker:
+        job = await bridge.submit()
+        await until_running(bridge, native)
+        await bridge.cancel(job["job_id"])
+        assert "did not stop within 1 s" in await fell_sick(worker)
+        await bridge.until(partial(is_available, bridge, number=0))
+        await native.admin.set(stuck=False)
+        await is_well_again(worker)
+        await bridge.until(partial(is_available, bridge, number=1))
+        assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None
+
+
+async def is_available(bridge: BridgePlatform, number: int) -> bool:
+    bridge.bridge.forecast.forget()
+    rows = (await bridge.get("/gpus")).json()
+    return [(row["total"], row["available"]) for row in rows] == [(1, number)]
+
+
+async def test_a_server_that_runs_on_what_a_job_left_is_sick(bridge: BridgePlatform, native: NativeServer) -> None:
+    await native.admin.set(stuck=True)
+    async with NativeClient(native.url) as server, bridge.gpu(native, patience=replace(QUICK, stop=1.0)) as worker:
+        prompt_id = str(uuid.uuid4())
+        await server.submit(PATTERN, prompt_id)
+        await until_running(bridge, native)
+        left = CleanOrder(job_id="job-that-moved", prompts=[prompt_id])
+        await ActivityEnvironment().run(worker.activities.clean_server, left)
+        assert "did not stop within 1 s" in await fell_sick(worker)
+        await native.admin.set(stuck=False)
+        await is_well_again(worker)
 
 
 async def test_a_silent_socket_is_not_a_dead_run(bridge: BridgePlatform, native: NativeServer) -> None:
