@@ -68,10 +68,12 @@ class Slot:
         self._holder = job_id
         self._runs += 1
 
-    def end(self) -> None:
+    def end(self, *, kept_for: str | None = None) -> None:
+        """A run is over. `kept_for`: the job whose next run begins at once, as after a `take`."""
         self._runs -= 1
         if not self._runs:
-            self._holder = None
+            self._holder = kept_for
+            self._taken_until = time.monotonic() + self._taken_seconds
         self._looked_at = float("-inf")
         self._changed.set()
 

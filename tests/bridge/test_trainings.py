@@ -12,8 +12,12 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from PIL import Image
+from temporalio.exceptions import ApplicationError
+from temporalio.testing import ActivityEnvironment
 
+from bridge.orders import DatasetOrder
 from bridge.task_files import FOLDER
+from comfyui_temporal.contracts.comfyui import DatasetSnapshot
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import TENANT, USER, BridgePlatform, Json
 from tests.bridge.test_servers import until_running
@@ -221,6 +225,28 @@ async def test_losing_a_server_during_a_training_costs_one_chunk(
         assert 1 <= len(await second.admin.runs()) <= 2
     finally:
         await first.restart()
+
+
+async def test_a_training_keeps_its_server_from_its_dataset_to_its_chunk(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    body = training_body(bridge)
+    whole = DatasetOrder(training_id="training-1", snapshot=DatasetSnapshot.model_validate(body["dataset"]))
+    changed = body["dataset"]["files"][0] | {"sha256": "0" * 64}
+    snapshot = DatasetSnapshot.model_validate(body["dataset"] | {"files": [changed]})
+    refused = DatasetOrder(training_id="training-2", snapshot=snapshot)
+    async with bridge.gpu(native, taken_seconds=20.0) as worker:
+        with pytest.raises(ApplicationError):
+            await ActivityEnvironment().run(worker.activities.ingest_dataset, refused)
+        assert await worker.slot.take("another") is None, "a dataset that is refused has no chunk"
+        worker.slot.begin("another")
+        worker.slot.end()
+        await ActivityEnvironment().run(worker.activities.ingest_dataset, whole)
+        assert await worker.slot.take("another") == "the server is held by another job"
+        assert await worker.slot.take("training-1") is None
+        worker.slot.begin("training-1")
+        worker.slot.end()
+        assert not worker.slot.is_held
 
 
 @pytest.mark.parametrize("is_erased", [False, True])
