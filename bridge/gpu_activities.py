@@ -210,8 +210,7 @@ class GpuActivities:
 
     def _does_not_stop(self) -> None:
         """What hangs in the server keeps it for ever: that must be seen, and a test pattern shows when it is over."""
-        if self._slot.health.problem is None:
-            self._slot.health.fell_sick(f"a cancelled run did not stop within {self._patience.stop:g} s")
+        self._slot.health.fell_sick(f"a cancelled run did not stop within {self._patience.stop:g} s")
 
     def _shown(self, error: ErrorDetails | None, job_id: str) -> ErrorDetails | None:
         """The error as the job's tenant may read it."""
@@ -236,7 +235,7 @@ class GpuActivities:
                 await self._fitness.refresh()
             if self._fitness.state_of(template_id) is TemplateState.UNFIT:
                 raise ServerUnfit(error.message, error=error)
-        reason = self._slot.health.ran(run.task_id, outcome, outcome.seconds or seconds)
+        reason = self._slot.health.ran(run.task_id, run.tenant_id, outcome, outcome.seconds or seconds)
         if reason is not None:
             raise ServerSick(reason, error=outcome.error, is_over=True)
         if error is None:

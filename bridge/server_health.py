@@ -3,7 +3,8 @@
     well ── refuses a submit, a broken GPU, runs nothing, fails faster than any run ──→ sick
     sick ── a test pattern is run, at once and then less and less often ── it succeeds ──→ well
 
-A sick server takes no job. The job that found it sick goes elsewhere. Nobody has to bring the server back.
+A sick server takes no job. The job that found it sick goes elsewhere. Nobody has to bring the server back. What fails
+for one tenant only, and not in the test pattern, may be that tenant's inputs: it keeps the server away for a moment.
 """
 
 from __future__ import annotations
@@ -64,23 +65,30 @@ class ServerHealth:
         self._probe_at = 0.0
         self._fastest = QUICK_SECONDS
         self._has_succeeded = False
-        self._quick: set[str] = set()
+        self._quick: dict[str, str] = {}
+        """Task → tenant, of the jobs in a row that failed so fast."""
 
     @property
     def problem(self) -> str | None:
         """Why the server takes nothing, or None."""
         return f"the server is sick: {self.sickness.reason}" if self.sickness else None
 
-    def fell_sick(self, reason: str) -> None:
-        """Take nothing until a test pattern succeeds. A relapse is probed later than the first time."""
-        if self.sickness is None:
-            log.warning("comfyui_server_sick", server=self._server.url, reason=reason)
-        self.sickness = Sickness(self.sickness.since if self.sickness else datetime.now(UTC), reason)
+    def fell_sick(self, reason: str, *, are_one_tenants: bool = False) -> None:
+        """Take nothing until a test pattern succeeds. A relapse is probed later than the first time.
+
+        `are_one_tenants`: only jobs of one tenant speak against the server. Its inputs may be what fails, so others do
+        not wait longer and longer for it.
+        """
+        since = self.sickness.since if self.sickness else datetime.now(UTC)
+        is_known = self.sickness is not None
+        self.sickness = Sickness(since, reason)
         self._quick.clear()
-        self._wait_before_probe()
+        if not is_known:
+            log.warning("comfyui_server_sick", server=self._server.url, reason=reason)
+            self._wait_before_probe(at_most_first=are_one_tenants)
         self.on_change()
 
-    def ran(self, task_id: str, outcome: GraphOutcome, seconds: float) -> str | None:
+    def ran(self, task_id: str, tenant_id: str, outcome: GraphOutcome, seconds: float) -> str | None:
         """A run ended after `seconds`. Returns why this makes the server sick, or None."""
         if outcome.error is None:
             self._fastest = min(self._fastest, seconds) if self._has_succeeded else seconds
@@ -90,11 +98,11 @@ class ServerHealth:
             return None
         if outcome.error.code not in _SERVERS_CODES or seconds >= max(self._fastest, QUICK_SECONDS):
             return None
-        self._quick.add(task_id)
+        self._quick[task_id] = tenant_id
         if len(self._quick) < QUICK_FAILURES:
             return None
         reason = f"{len(self._quick)} jobs in a row failed faster than any run; the last: {outcome.error.message}"
-        self.fell_sick(reason)
+        self.fell_sick(reason, are_one_tenants=len(set(self._quick.values())) == 1)
         return reason
 
     @asynccontextmanager
@@ -119,8 +127,12 @@ class ServerHealth:
         log.info("comfyui_server_still_sick", server=self._server.url, reason=problem)
         self._wait_before_probe()
 
-    def _wait_before_probe(self) -> None:
-        """No wait the first time, then doubled up to ten minutes until a job succeeds."""
-        pause = self._first_pause * 2 ** (self._relapses - 1) if self._relapses else 0.0
+    def _wait_before_probe(self, *, at_most_first: bool = False) -> None:
+        """No wait the first time, then doubled up to ten minutes until a job succeeds.
+
+        `at_most_first`: the first pause at most, and later ones do not grow by it.
+        """
+        relapses = min(self._relapses, 1) if at_most_first else self._relapses
+        pause = self._first_pause * 2 ** (relapses - 1) if relapses else 0.0
         self._probe_at = time.monotonic() + min(pause, LONGEST_PAUSE_SECONDS)
-        self._relapses = min(self._relapses + 1, 16)
+        self._relapses = max(self._relapses, 1) if at_most_first else min(self._relapses + 1, 16)

@@ -23,8 +23,9 @@ from bridge.slot import Slot
 from comfyui_temporal.contracts.errors import ErrorDetails
 from tests.bridge.memory_server import MemoryServer
 from tests.bridge.native import NativeServer
-from tests.bridge.platform import QUICK, BridgePlatform
+from tests.bridge.platform import QUICK, QUICK_PROBE, BridgePlatform
 from tests.bridge.test_servers import until_running
+from tests.conftest import unique
 from tests.waiting import comes_true
 
 Servers = tuple[NativeServer, NativeServer]
@@ -209,10 +210,47 @@ async def test_a_relapse_is_probed_later_and_a_delivered_job_forgives_it(native:
             health.fell_sick("twice")
             await asyncio.sleep(0.6)
             assert health.sickness is not None
-            health.ran("task", GraphOutcome(), 3.0)
+            health.ran("task", "tenant", GraphOutcome(), 3.0)
             health.sickness = None
             health.fell_sick("another time")
             await comes_true(lambda: health.sickness is None, within_seconds=20)
+
+
+async def until_well(health: ServerHealth) -> float:
+    """Wait until the server is well. Returns how long that took."""
+    began = time.monotonic()
+    await comes_true(lambda: health.sickness is None, within_seconds=20)
+    return time.monotonic() - began
+
+
+def fails_at_once(health: ServerHealth, *tenants: str) -> None:
+    """As many jobs fail as make the server sick, of these tenants in turn; as in `run_graph`."""
+    failed = GraphOutcome(error=ErrorDetails(code="node_error", message="broken data stream when reading image file"))
+    reasons = [health.ran(unique("task"), tenants[n % len(tenants)], failed, 0.2) for n in range(QUICK_FAILURES)]
+    assert reasons[:-1] == [None] * (QUICK_FAILURES - 1)
+    assert reasons[-1] is not None
+    health.fell_sick(reasons[-1])
+
+
+async def test_one_tenants_bad_inputs_keep_no_server_away_for_long(native: NativeServer) -> None:
+    async with NativeClient(native.url) as server:
+        health = ServerHealth(server, probe=QUICK_PROBE, first_pause_seconds=0.2)
+        async with health.watched():
+            for _ in range(15):
+                fails_at_once(health, "tenant-a")
+                assert await until_well(health) < 1.0
+
+
+async def test_what_fails_at_once_for_two_tenants_is_probed_later_each_time(native: NativeServer) -> None:
+    async with NativeClient(native.url) as server:
+        health = ServerHealth(server, probe=QUICK_PROBE, first_pause_seconds=0.2)
+        async with health.watched():
+            waits = []
+            for _ in range(5):
+                fails_at_once(health, "tenant-a", "tenant-b")
+                waits.append(await until_well(health))
+            assert waits[-1] > 1.6, waits
+            assert waits[0] < 0.4, "at first it is probed at once"
 
 
 class SlowServer(MemoryServer):
@@ -235,7 +273,7 @@ def test_jobs_that_fail_slowly_or_one_task_again_and_again_make_no_server_sick()
     refused = GraphOutcome(error=ErrorDetails(code="workflow_invalid", message="no"))
     health = ServerHealth(MemoryServer())
     for number in range(10):
-        assert health.ran("the same task", failed, 0.1) is None
-        assert health.ran(f"slow {number}", failed, 20.0) is None
-        assert health.ran(f"refused {number}", refused, 0.1) is None
+        assert health.ran("the same task", "tenant", failed, 0.1) is None
+        assert health.ran(f"slow {number}", "tenant", failed, 20.0) is None
+        assert health.ran(f"refused {number}", "tenant", refused, 0.1) is None
     assert health.problem is None
