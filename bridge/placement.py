@@ -225,7 +225,10 @@ class Placement:
             priority=moved if avoid else self._priority,
             summary="wait for a server",
         )
-        if self.server is not None and workflow.patched("told-while-it-waits-again"):
+        waits_again = self.server is not None
+        if waits_again and self._is_handed_over and workflow.patched("checked-while-it-waits-again"):
+            await self._waited_again(taking)
+        elif waits_again and workflow.patched("told-while-it-waits-again"):
             await self._waited_for(taking)
         elif self.server is None and self._is_handed_over and workflow.patched("refused-where-no-server-can-run-it"):
             await self._waited_while_any_can(taking)
@@ -237,25 +240,52 @@ class Placement:
 
         The job was queued before they had reported, or what it needs was removed from them since.
         """
-        place, wait = TemplatePlace(pool=self.pool, template_id=self._template_id), CHECKED_AFTER
+        wait = CHECKED_AFTER
         try:
             while True:
                 with suppress(TimeoutError):
                     summary = "see whether any server can run it"
                     await workflow.wait_condition(taking.done, timeout=wait, timeout_summary=summary)
                     return
-                problems: list[ErrorDetails] = await workflow.execute_activity(
-                    CHECK_SERVERS,
-                    place,
-                    result_type=list[ErrorDetails],
-                    start_to_close_timeout=timedelta(seconds=15),
-                    priority=self._priority,
-                    summary="can any server run it?",
-                )
-                if problems and not taking.done():
-                    taking.cancel()
-                    raise RunRefused(problems[0])
+                await self._demand_any_can(taking)
                 wait = min(2 * wait, CHECKED_AT_LEAST)
+        except asyncio.CancelledError:
+            taking.cancel()
+            raise
+
+    async def _demand_any_can(self, taking: ActivityHandle[ServerTaken]) -> None:
+        """Raises RunRefused if every server of the pool says that it cannot run the template."""
+        problems: list[ErrorDetails] = await workflow.execute_activity(
+            CHECK_SERVERS,
+            TemplatePlace(pool=self.pool, template_id=self._template_id),
+            result_type=list[ErrorDetails],
+            start_to_close_timeout=timedelta(seconds=15),
+            priority=self._priority,
+            summary="can any server run it?",
+        )
+        if problems and not taking.done():
+            taking.cancel()
+            raise RunRefused(problems[0])
+
+    async def _waited_again(self, taking: ActivityHandle[ServerTaken]) -> None:
+        """As `_waited_for` and `_waited_while_any_can` at once: its server may have come back without what it needs."""
+        began, longest, wait = workflow.now(), WAIT_TOLD_AFTER, CHECKED_AFTER
+        tell_at, check_at = began + longest, began + wait
+        try:
+            while True:
+                with suppress(TimeoutError):
+                    left = max(min(tell_at, check_at) - workflow.now(), timedelta(milliseconds=1))
+                    summary = "tell that it still waits, see whether any server can run it"
+                    await workflow.wait_condition(taking.done, timeout=left, timeout_summary=summary)
+                    return
+                if workflow.now() >= tell_at:
+                    self._on_wait(longest)
+                    longest *= 2
+                    tell_at = began + longest
+                if workflow.now() >= check_at:
+                    await self._demand_any_can(taking)
+                    wait = min(2 * wait, CHECKED_AT_LEAST)
+                    check_at = workflow.now() + wait
         except asyncio.CancelledError:
             taking.cancel()
             raise

@@ -10,11 +10,13 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from unittest.mock import patch
 
 from temporalio.client import Client
 from temporalio.common import SearchAttributeKey
 from temporalio.testing import WorkflowEnvironment
 
+from bridge import fitness
 from bridge.calls import workflow_of
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
 from comfyui_temporal.plugin import TasksPlugin
@@ -69,6 +71,17 @@ async def training_completed_and_cleaned(bridge: BridgePlatform, native: NativeS
     return await training_completed(bridge, native)
 
 
+async def job_whose_only_server_lost_its_model(bridge: BridgePlatform, native: NativeServer) -> str:
+    await native.admin.set(hold=True)
+    accepted = await bridge.submit(template_id="text-to-image")
+    await until_running(bridge, native)
+    await native.admin.set(models={"checkpoints": []}, hold=False)
+    await native.admin.forget()
+    with patch.object(fitness, "FRESH_SECONDS", 0.1):
+        await bridge.ended(accepted["job_id"])
+    return str(accepted["job_id"])
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     job_delivered,
     job_cancelled_in_mid_run,
@@ -76,6 +89,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     training_completed,
     job_delivered_and_cleaned,
     training_completed_and_cleaned,
+    job_whose_only_server_lost_its_model,
 )
 
 

@@ -20,6 +20,7 @@ from bridge.server_name import NameTaken, demand_name, name_of, owner_of
 from runtime.required_settings import CannotStart
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, Json
+from tests.bridge.test_servers import until_running
 from tests.bridge.test_trainings import MODELS, training_body
 from tests.conftest import unique
 
@@ -79,6 +80,23 @@ async def test_a_job_that_waits_for_the_first_server_ends_where_that_cannot_run_
         assert "ckpt_name" in state["error_details"]["message"]
         assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None, "the server is free"
     assert len(await native.admin.submissions()) == 1
+
+
+async def test_a_job_that_waits_again_ends_where_its_only_server_has_lost_its_model(
+    bridge: BridgePlatform, native: NativeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "CHECKED_AFTER", timedelta(seconds=0.5))
+    await native.admin.set(models=CHECKPOINT, hold=True)
+    async with bridge.gpu(native):
+        await servers_seen(bridge, 1)
+        job = await bridge.submit(template_id="text-to-image")
+        await until_running(bridge, native)
+        await native.admin.set(models={"checkpoints": []}, hold=False)
+        await native.admin.forget()
+        state = await bridge.ended(job["job_id"], seconds=30)
+        assert state["error_details"]["code"] == "model_missing"
+        assert "ckpt_name" in state["error_details"]["message"]
+        assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None, "the server is free"
 
 
 async def test_while_the_only_server_that_can_run_it_restarts_a_job_waits(
