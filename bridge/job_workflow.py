@@ -75,7 +75,7 @@ class ComfyUIJobWorkflow(RunFlow):
         self._remember_cut_run()
         if job.request.controls or job.graph.files:
             await self._clean_up()
-        await self._placement.clean_up()
+        await self._placement.clean_up(is_last=True)
         await self._all_published()
         return self.view()
 

@@ -79,6 +79,7 @@ _RUN_RETRY: Final = RetryPolicy(
 )
 
 _CLEAN_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_attempts=3)
+_STOP_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(minutes=5))
 
 
 class RunRefused(Exception):
@@ -144,6 +145,8 @@ class Placement:
         self.server: str | None = None
         self._left: dict[str, CleanOrder] = {}
         """Task queue of a server → what the job left there."""
+        self._unended: dict[str, set[str]] = {}
+        """Task queue of a server → prompts whose end was not seen there: it may still run them."""
 
     def prompt_id(self) -> str:
         """The id of the next prompt."""
@@ -188,7 +191,7 @@ class Placement:
             except ActivityError as error:
                 if is_cancelled_exception(error):
                     raise
-                failed = self._moving_failure(error)
+                failed = self._moving_failure(error, taken)
             if failed is not None:
                 failed_runs.add(taken.server, failed)
 
@@ -325,6 +328,7 @@ class Placement:
                 summary=f"run on {taken.server}",
             )
             self.percent = max(self.percent, outcome.percent)
+            self._unended[taken.task_queue].discard(graph_run.prompt_id)
         except ActivityError as error:
             self._keep_percent(error.cause)
             raise
@@ -357,6 +361,7 @@ class Placement:
         return stored
 
     def _will_leave(self, taken: ServerTaken, run: GraphRun) -> None:
+        self._unended.setdefault(taken.task_queue, set()).add(run.prompt_id)
         left = self._left[taken.task_queue]
         self._left[taken.task_queue] = left.model_copy(
             update={
@@ -365,45 +370,58 @@ class Placement:
             }
         )
 
-    async def clean_up(self, dataset: DatasetOrder | None = None) -> None:
+    async def clean_up(self, dataset: DatasetOrder | None = None, *, is_last: bool = False) -> None:
         """Remove what the job left on its servers, as far as they answer. Raises nothing but a cancellation.
 
-        `dataset`: remove it as well, from every server that had it.
+        `dataset`: remove it as well, from every server that had it. `is_last`: a server that may still run what nobody
+        wants is waited for as long as a run may take.
         """
         if not self._left or not workflow.patched("clean-servers"):
             return
         orders = {queue: left.model_copy(update={"dataset": dataset}) for queue, left in self._left.items()}
-        cleaning = [
-            workflow.start_activity(
-                CLEAN_SERVER,
-                order,
-                result_type=int,
-                task_queue=queue,
-                schedule_to_start_timeout=SERVER_AWAY,
-                schedule_to_close_timeout=CLEAN_WITHIN,
-                start_to_close_timeout=CLEAN_WITHIN,
-                heartbeat_timeout=HEARTBEAT_TIMEOUT,
-                retry_policy=_CLEAN_RETRY,
-                summary="remove what the job left",
-            )
+        waits = is_last and any(self._unended.values()) and workflow.patched("stopped-however-late-its-worker-is")
+        if waits:
+            orders = {queue: self._with_unended(queue, order) for queue, order in orders.items()}
+        cleaning = {
+            queue: self._clean(queue, order, is_waited_for=waits and bool(self._unended.get(queue)))
             for queue, order in sorted(orders.items())
             if order.prompts or order.files or order.dataset
-        ]
-        for handle in cleaning:
+        }
+        for queue, handle in cleaning.items():
             try:
                 await handle
+                self._unended.get(queue, set()).difference_update(orders[queue].prompts)
             except ActivityError as error:
                 if is_cancelled_exception(error):
                     raise
                 workflow.logger.warning("left on a server: %s", error.cause)
         self._left = {queue: CleanOrder(job_id=self._run_id) for queue in self._left}
 
+    def _with_unended(self, queue: str, order: CleanOrder) -> CleanOrder:
+        """The order with prompts of earlier parts of the work that may still run there."""
+        prompts = dict.fromkeys([*order.prompts, *sorted(self._unended.get(queue, ()))])
+        return order.model_copy(update={"prompts": list(prompts)})
+
+    def _clean(self, queue: str, order: CleanOrder, *, is_waited_for: bool) -> ActivityHandle[int]:
+        return workflow.start_activity(
+            CLEAN_SERVER,
+            order,
+            result_type=int,
+            task_queue=queue,
+            schedule_to_start_timeout=LONGEST_RUN if is_waited_for else SERVER_AWAY,
+            schedule_to_close_timeout=LONGEST_RUN if is_waited_for else CLEAN_WITHIN,
+            start_to_close_timeout=CLEAN_WITHIN,
+            heartbeat_timeout=HEARTBEAT_TIMEOUT,
+            retry_policy=_STOP_RETRY if is_waited_for else _CLEAN_RETRY,
+            summary="stop and remove what the job left" if is_waited_for else "remove what the job left",
+        )
+
     def begin_part(self, part: int) -> None:
         """Begin the next part of the work: its prompts have their own ids, and its progress restarts at 0."""
         self._part = part
         self.percent = 0
 
-    def _moving_failure(self, error: ActivityError) -> FailedRun | None:
+    def _moving_failure(self, error: ActivityError, taken: ServerTaken) -> FailedRun | None:
         """The failure after which the job moves to another server; None if the worker just stopped.
 
         Raises RunRefused if the job does not move.
@@ -414,6 +432,8 @@ class Placement:
             return _failed_run(cause.last_heartbeat_details)
         if isinstance(cause, ApplicationError) and cause.type in _MOVING_FAILURES:
             kind, failed = RunFailureType(cause.type), _failed_run(cause.details)
+            if failed.is_over or kind in (RunFailureType.LOST, RunFailureType.HANDED_BACK):
+                self._unended.get(taken.task_queue, set()).discard(self.prompt_id())
             self.run += kind is RunFailureType.LOST or failed.is_over
             return None if kind is RunFailureType.HANDED_BACK else failed
         known = isinstance(cause, ApplicationError) and cause.type in set(JOB_CODES)

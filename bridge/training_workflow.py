@@ -90,7 +90,7 @@ class ComfyUITrainingWorkflow(RunFlow):
         """The training's last state."""
         self._change("queued")
         await self._finish(self._train())
-        await self._placement.clean_up(self._dataset)
+        await self._placement.clean_up(self._dataset, is_last=True)
         await self._all_published()
         return self.view()
 

@@ -82,6 +82,10 @@ async def job_whose_only_server_lost_its_model(bridge: BridgePlatform, native: N
     return str(accepted["job_id"])
 
 
+async def job_cancelled_and_stopped(bridge: BridgePlatform, native: NativeServer) -> str:
+    return await job_cancelled_in_mid_run(bridge, native)
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     job_delivered,
     job_cancelled_in_mid_run,
@@ -90,6 +94,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     job_delivered_and_cleaned,
     training_completed_and_cleaned,
     job_whose_only_server_lost_its_model,
+    job_cancelled_and_stopped,
 )
 
 

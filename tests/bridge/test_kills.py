@@ -8,14 +8,19 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from bridge import placement, training_workflow
+from bridge.calls import CLEAN_SERVER, workflow_of
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import CALLBACK_SECRET, SECRET, BridgePlatform
+from tests.bridge.test_cleaning import is_closed
 from tests.bridge.test_servers import until_running
+from tests.bridge.test_trainings import MODELS, created, ended, post_action
 from tests.conftest import unique
 
 PROJECT = Path(__file__).parents[2]
@@ -65,6 +70,61 @@ async def test_a_killed_workers_prompt_is_found_again_and_runs_once(
     assert state["error_details"] is None, state
     assert await native.admin.submissions() == [prompt_id]
     assert await native.admin.runs_of(prompt_id) == 1
+
+
+async def test_what_a_cancelled_job_runs_is_stopped_however_late_its_worker_comes_back(
+    bridge: BridgePlatform, native: NativeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "SERVER_AWAY", timedelta(seconds=1))
+    name = unique("gpu")
+    await native.admin.set(hold=True)
+    async with gpu_process(bridge, native, name) as process:
+        job = await bridge.submit()
+        await until_running(bridge, native)
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+    await bridge.cancel(job["job_id"])
+    assert (await bridge.ended(job["job_id"]))["error_details"]["code"] == "cancelled"
+    await bridge.until(partial(is_being_cleaned_up, bridge, job["job_id"]))
+    await asyncio.sleep(3)
+    assert [run.outcome for run in await native.admin.runs()] == ["running"]
+    async with bridge.gpu(native, name=name):
+        await bridge.until(partial(has_outcomes, native, "interrupted"))
+        await bridge.until(partial(is_closed, bridge, job["job_id"]))
+
+
+async def test_a_chunk_that_a_training_has_left_is_stopped_when_its_worker_comes_back(
+    bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (placement, training_workflow):
+        monkeypatch.setattr(module, "SERVER_AWAY", timedelta(seconds=1))
+    first, second = servers
+    name = unique("gpu")
+    for server in servers:
+        await server.admin.set(models=MODELS)
+    await first.admin.set(hold=True)
+    async with gpu_process(bridge, first, name) as process:
+        training = await created(bridge)
+        await post_action(bridge, training["training_id"], "start")
+        await until_running(bridge, first)
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+    async with bridge.gpu(second):
+        assert (await ended(bridge, training["training_id"]))["error_details"] is None
+    assert [run.outcome for run in await first.admin.runs()] == ["running"]
+    async with bridge.gpu(first, name=name):
+        await bridge.until(partial(has_outcomes, first, "interrupted"))
+        await bridge.until(partial(is_closed, bridge, training["training_id"]))
+
+
+async def is_being_cleaned_up(bridge: BridgePlatform, job_id: str) -> bool:
+    history = await bridge.client.get_workflow_handle(workflow_of(job_id)).fetch_history()
+    scheduled = [event.activity_task_scheduled_event_attributes.activity_type.name for event in history.events]
+    return CLEAN_SERVER in scheduled
+
+
+async def has_outcomes(native: NativeServer, *outcomes: str) -> bool:
+    return [run.outcome for run in await native.admin.runs()] == list(outcomes)
 
 
 @pytest.mark.slow
