@@ -69,6 +69,11 @@ class Fitness:
         return self._templates.get(template_id)
 
     @property
+    def templates(self) -> list[str]:
+        """Ids of the templates that are judged here."""
+        return sorted(self._templates)
+
+    @property
     def fit(self) -> set[str]:
         """Ids of the templates that may run here."""
         return {name for name in self._templates if self.state_of(name) is TemplateState.FIT}

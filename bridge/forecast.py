@@ -265,6 +265,18 @@ class Forecast:
         is_nowhere = len(missing) == len(servers) and not self._absent.can_run(pool, template_id)
         return CanRun(by_all=not lacking, missing=missing[0] if missing and is_nowhere else None)
 
+    async def is_gone(self, pool: str, template_id: str) -> bool:
+        """Whether every server of the pool says that it does not have the template; False if that cannot be known.
+
+        Servers count that were there a short time ago: they may come back with it.
+        """
+        try:
+            present, absent = await self._known_servers()
+        except (RPCError, TimeoutError):
+            return False
+        reports = [server.report for server in [*present, *absent] if server.pool == pool]
+        return bool(reports) and not any(report is None or report.has(template_id) for report in reports)
+
     async def busy_servers(self) -> set[str]:
         """Names of servers that run a job or training."""
         return await self._cached(("busy",), self._read_busy, set(), CACHE_SECONDS / 3)

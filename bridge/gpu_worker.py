@@ -188,6 +188,7 @@ class GpuWorker:
             identity=self._identity,
             unfit=self.fitness.missing,
             unknown=self.fitness.unknown,
+            templates=self.fitness.templates,
             sick_since=sickness.since if sickness else None,
             sick_reason=sickness.reason if sickness else "",
             cold=self.warm_ups.cold,

@@ -207,6 +207,8 @@ class ServerReport(OwnModel):
     """Template → what is missing."""
     unknown: list[str] = []
     """Templates that wait for the server's lists of nodes and models."""
+    templates: list[str] | None = None
+    """All templates that the worker has; None: an older worker, which does not say."""
     sick_since: datetime | None = None
     sick_reason: str = ""
     cold: list[str] = []
@@ -217,6 +219,9 @@ class ServerReport(OwnModel):
 
     def can_run(self, template_id: str) -> bool:
         return template_id not in self.unfit and template_id not in self.unknown
+
+    def has(self, template_id: str) -> bool:
+        return self.templates is None or template_id in self.templates
 
     def summary(self) -> str:
         """One line for the Temporal UI."""

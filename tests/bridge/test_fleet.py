@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from temporalio.service import RPCError, RPCStatusCode
 
-from bridge import fitness, gpu_worker, placement
+from bridge import fitness, gpu_worker, placement, server_check
 from bridge.absent_servers import COMES_BACK_WITHIN, AbsentServers
 from bridge.calls import CHECK_SERVERS, RUN_GRAPH, workflow_of
 from bridge.forecast import Forecast
@@ -97,6 +97,30 @@ async def test_a_job_that_waits_again_ends_where_its_only_server_has_lost_its_mo
         assert state["error_details"]["code"] == "model_missing"
         assert "ckpt_name" in state["error_details"]["message"]
         assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None, "the server is free"
+
+
+async def test_a_job_whose_template_is_removed_while_it_waits_ends(
+    bridge: BridgePlatform, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "CHECKED_AFTER", timedelta(seconds=0.2))
+    monkeypatch.setattr(placement, "CHECKED_AT_LEAST", timedelta(seconds=0.2))
+    monkeypatch.setattr(server_check, "GONE_SECONDS", 1.0)
+    without, having = servers
+    await having.admin.set(models=CHECKPOINT, hold=True)
+    async with bridge.gpu(without) as one, bridge.gpu(having) as another:
+        await servers_seen(bridge, 2)
+        running = await bridge.submit(template_id="text-to-image")
+        await bridge.in_status(running["job_id"], "processing")
+        waiting = await bridge.submit(template_id="text-to-image")
+        for worker, times in ((one, 3), (another, 20)):
+            await until_checked(bridge, waiting, times=times)
+            assert (await bridge.job(waiting["job_id"]))["error_details"] is None
+            worker.fitness.replace([each for each in bridge.templates if each.template_id != "text-to-image"])
+        state = await bridge.ended(waiting["job_id"])
+        assert state["error_details"]["code"] == "workflow_invalid"
+        assert "text-to-image" in state["error_details"]["message"]
+        await having.admin.set(hold=False)
+        assert (await bridge.ended(running["job_id"]))["error_details"] is None
 
 
 async def test_while_the_only_server_that_can_run_it_restarts_a_job_waits(
