@@ -155,14 +155,14 @@ async def test_a_job_that_hangs_while_comfyui_answers_is_polled_once_more_before
     await comfyui.fault("alter", route="get_job", times=None, fields={"sequence": 1})
     handle = await slow_platform.start_waiting_image()
     await announce(slow_platform, handle, job_status="processing", estimated_time=2)
-    for minutes in (2, 2, 1.8):
+    for minutes in (2, 2, 1):  # the run's clock may be some seconds ahead afterwards
         await slow_platform.pass_time(handle, minutes * MINUTE)
         await slow_platform.until_settled(handle)
     before = len(await comfyui.requests_seen("get_job", task_id_of(handle)))
-    await slow_platform.pass_time(handle, 0.3 * MINUTE)
+    await slow_platform.pass_time(handle, 1.2 * MINUTE)
     assert (await ended(slow_platform, handle)).code == "timeout"
     polls = len(await comfyui.requests_seen("get_job", task_id_of(handle))) - before
-    assert polls <= 2, "one that was due, and the last one"
+    assert polls <= 3, "two that were due, and the last one"
 
 
 async def test_a_job_that_waits_in_the_queue_has_no_deadline_but_the_whole_day(slow_platform: Platform) -> None:
