@@ -53,9 +53,9 @@ define timed
 	@echo "== $(1)"; began=$$(date +%s); $(2); code=$$?; echo "== $(1): $$(($$(date +%s) - began)) s"; exit $$code
 endef
 
-test: lint types imports schemas pytest ## all checks and most tests, in five minutes
+test: lint types imports schemas pytest ## all checks and most tests, in about six minutes
 
-test-long: pytest-long ## the tests that take two seconds each and more: outages, kills, fleets, whole pages
+test-long: pytest-long ## the tests that take a second and a half each and more: outages, kills, fleets, whole pages
 
 test-all: lint types imports schemas pytest-all ## every test, the slow ones too
 

@@ -34,33 +34,45 @@ _LONG = frozenset(
         "bridge/test_datasets.py",
         "bridge/test_fleet.py",
         "bridge/test_kills.py",
+        "bridge/test_loras.py",
+        "bridge/test_loras_by_address.py",
         "bridge/test_metrics.py",
+        "bridge/test_proxies.py",
         "bridge/test_queueing.py",
+        "bridge/test_results.py",
         "bridge/test_run_times.py",
         "bridge/test_server_health.py",
         "bridge/test_servers.py",
         "bridge/test_template_list.py",
         "bridge/test_warm_up.py",
         "cli/test_demo.py",
+        "cli/test_doctor.py",
         "cli/test_gateway_stream.py",
         "doors/test_doors.py",
+        "gateway/test_long_lists.py",
         "gateway/test_openapi.py",
         "gateway/test_openapi_export.py",
         "gateway/test_operations.py",
         "gateway/test_outages_and_floods.py",
         "gateway/test_safe_answers.py",
+        "gateway/test_upload_memory.py",
         "local_stack/test_stack.py",
         "mutation/test_judging.py",
         "package/test_both_ways.py",
         "package/test_called_by_workflows.py",
         "package/test_scripts_end.py",
+        "package/test_sync.py",
         "package/test_wheel.py",
         "page/test_cards.py",
         "page/test_form.py",
         "page/test_list.py",
         "page/test_page.py",
         "page/test_trained_models.py",
+        "page/test_truth.py",
+        "page/test_words.py",
+        "runtime/test_logs.py",
         "runtime/test_tracing.py",
+        "simulators/test_processes.py",
         "streams/test_faults.py",
         "streams/test_restarts.py",
         "test_bad_starts.py",
@@ -69,6 +81,7 @@ _LONG = frozenset(
         "workflows/test_continue_as_new.py",
         "workflows/test_corrections.py",
         "workflows/test_kills.py",
+        "workflows/test_numbers_out_of_range.py",
         "workflows/test_orders_by_signal.py",
         "workflows/test_reconciler.py",
         "workflows/test_renewal.py",
@@ -85,9 +98,9 @@ _LONG = frozenset(
         "workflows/test_waits.py",
     }
 )
-"""Files whose tests take two seconds each and more on average: outages, kills, fleets, whole pages, processes.
+"""Files whose tests take a second and a half each and more: outages, kills, fleets, whole pages, processes.
 
-They are an eighth of all tests and take half of the time, so `make test` leaves them to `make test-long`; CI runs both.
+They are a ninth of all tests and take half of the time, so `make test` leaves them to `make test-long`; CI runs both.
 The step tables, cancels and resets stay in `make test`, whatever they take.
 """
 
