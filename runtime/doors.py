@@ -1,7 +1,7 @@
 """How every HTTP door of ours is served: uvicorn, and what a connection may cost before it says who it is.
 
     accepted ─▶ waits for a head ─▶ a request is answered ─▶ waits for a head ─▶ …
-                10 s, 16 KiB         its route bounds the body    10 s, 16 KiB; what is left of a body: 1 MiB
+                10 s, 16 KiB         its route bounds the body    10 s, 16 KiB; what is left of a body: 8 MiB
 
 Who may have how many connections open is the door's (door_limits.py).
 
@@ -30,7 +30,7 @@ from runtime.door_limits import Door, DoorLimits, Refusal, answer_to, most_conne
 from runtime.settings import Settings
 
 HEAD_BYTES: Final = 16 * 1024
-REST_BYTES: Final = 1024 * 1024
+REST_BYTES: Final = 8 * 1024 * 1024
 """What is read, and dropped, of a body after its answer: a client that is still sending can then read the answer."""
 MAX_PIPELINED: Final = 16
 LINGER_SECONDS: Final = 2.0
