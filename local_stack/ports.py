@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Container, Mapping
 from typing import Final
 
@@ -17,6 +18,8 @@ PREFERRED: Final[dict[str, int]] = {
     "worker": 8192,
 }
 """The worker's port is that of its health page."""
+_reserved: Final[dict[int, int]] = {}
+"""Port → the file descriptor that reserves it until this process ends."""
 
 
 def choose_ports(last_time: Mapping[str, int], preferred: Mapping[str, int] = PREFERRED) -> dict[str, int]:
@@ -25,8 +28,28 @@ def choose_ports(last_time: Mapping[str, int], preferred: Mapping[str, int] = PR
     for part, usual in preferred.items():
         wishes = [last_time[part]] if part in last_time else []
         free = (port for port in [*wishes, usual] if port not in chosen.values() and is_free(port))
-        chosen[part] = next(free, None) or any_free_port(set(chosen.values()))
+        found = next((port for port in free if reserve(port)), None)
+        while found is None:
+            port = any_free_port(set(chosen.values()))
+            found = port if reserve(port) else None
+        chosen[part] = found
     return chosen
+
+
+def reserve(port: int) -> bool:
+    """Keep other stacks of this machine off the port until this process ends; False if another has reserved it.
+
+    A part listens seconds after its port was chosen: two stacks that started together took the same one.
+    """
+    if port in _reserved or sys.platform != "linux":  # elsewhere there are no abstract addresses
+        return True
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as reserving:
+        try:
+            reserving.bind(f"\0comfyui-temporal-port-{port}")
+        except OSError:
+            return False
+        _reserved[port] = reserving.detach()
+    return True
 
 
 def free_ports() -> dict[str, int]:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from local_stack.child import is_running, kill_leftover
-from local_stack.folder import AlreadyLocked, ProcessRecord, RunFolder, StackFailure
+from local_stack.folder import PROJECT, AlreadyLocked, ProcessRecord, RunFolder, StackFailure
 from local_stack.ports import any_free_port, choose_ports, is_free
 
 
@@ -128,3 +128,16 @@ def test_no_two_parts_get_one_port() -> None:
     port = any_free_port()
     chosen = choose_ports({"worker": port}, {"gateway": port, "worker": port})
     assert chosen["gateway"] != chosen["worker"]
+
+
+def test_a_port_that_another_stack_has_chosen_and_does_not_listen_at_yet_is_not_chosen() -> None:
+    port = any_free_port()
+    choosing = f"from local_stack.ports import choose_ports; print(choose_ports({{}}, {{'gateway': {port}}})); input()"
+    command = [sys.executable, "-u", "-c", choosing]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=PROJECT) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == f"{{'gateway': {port}}}\n"
+        assert is_free(port)
+        assert choose_ports({}, {"gateway": port})["gateway"] != port
+        other.communicate("\n")
+    assert choose_ports({}, {"gateway": port}) == {"gateway": port}
