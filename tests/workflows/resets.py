@@ -35,7 +35,7 @@ async def points_of(platform: Platform, handle: Handle) -> list[Point]:
 
 
 async def point_before(platform: Platform, handle: Handle, call: str, *, nth: int = 1) -> Point:
-    """The point that requested this call: a run that is reset to it requests the call anew."""
+    """The point at which this call was scheduled. A run that is reset to it schedules the call again."""
     newest: Point | None = None
     seen = 0
     for run in await runs_of(platform, handle):
