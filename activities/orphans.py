@@ -69,12 +69,14 @@ def _of(generic: Any, parameter: type[BaseModel]) -> Any:
     return generic[parameter]
 
 
+UNANSWERED_JOBS: Final = "unanswered_jobs"
+"""Of EarlierRunActivities, which read histories by this module."""
 _KNOWN_CALLS: Final = frozenset(
     name
     for activities in (ComfyUIActivities, CreditsActivities, DatasetActivities, TaskStoreActivities)
     for name, method in vars(activities).items()
     if hasattr(method, "__temporal_activity_definition")
-)
+) | {UNANSWERED_JOBS}
 """The activities that runs call, in this version and in earlier ones."""
 _SUBMITS: Final = {spec.submit: _of(Post, spec.request) for spec in SCENES.values()}
 _SUBMIT_ANSWERS: Final = {spec.submit: _of(Answer, spec.accepted) for spec in SCENES.values()}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import json
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +19,7 @@ from temporalio.exceptions import ApplicationError
 from activities.orphans import HistoryReader, NotReadHere, orphans_by_row
 from comfyui_temporal.contracts.give_back import Orphans
 from comfyui_temporal.contracts.requests import HoldState, RequestedHold, RequestOutcome
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.encryption import PayloadEncryption
 from comfyui_temporal.encryption_keys import EncryptionKey
@@ -266,3 +270,29 @@ async def test_the_sentence_of_an_encrypted_failure_is_read() -> None:
     await history.reader.take(failed)
     end = history.reader.orphans.own_end
     assert end is not None and (end.code, end.message) == ("node_error", "It cannot be drawn.")
+
+
+def calls_of(flow: str) -> set[str]:
+    """The activities that the modules of this flow, and those that they import, can schedule."""
+    modules, calls = [flow], {name for spec in SCENES.values() for name in (spec.submit, spec.get, spec.cancel)}
+    for name in modules:  # it grows meanwhile
+        module = importlib.import_module(name)
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("workflows."):
+                modules += [str(node.module)] if node.module not in modules else []
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("Activities"):
+                method = getattr(getattr(module, ast.unparse(node.value)), node.attr)
+                calls.add(method.__temporal_activity_definition.name)
+    return calls
+
+
+@pytest.mark.parametrize("flow", ["workflows.image_generation", "workflows.training"])
+async def test_every_call_that_a_tasks_run_can_schedule_is_known(flow: str) -> None:
+    """A history with a call that is not known is never given back."""
+    calls = calls_of(flow)
+    assert {"claim", "look", "heard", "commit", "charge", "ledger", "unanswered_jobs"} < calls
+    for name in sorted(calls):
+        try:
+            await History().call(name, {})
+        except NotReadHere as problem:
+            assert "is not known here" not in str(problem), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +16,9 @@ from comfyui_temporal.contracts.tasks import CANCEL_SIGNAL, CancelTask, TaskStat
 from proof.simulators.credits_profile import FIELD
 from store import TaskStore
 from tests.cable import Cable
-from tests.workflows.books import ended, ended_without_its_run
+from tests.workflows.books import ended, ended_without_its_run, give_back
 from tests.workflows.payers import holds_of, new_payer
-from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
+from tests.workflows.platform import Handle, Platform, running_platform, scheduled, task_id_of
 from tests.workflows.reset_scenarios import POLICY, until_working
 from tests.workflows.resets import Point, points_of, reset
 from workflows import row_look
@@ -87,6 +88,24 @@ async def test_a_give_back_cancels_the_job_of_a_run_before_the_last_one(platform
         await ended_without_its_run(platform, task_id_of(handle))
     [(_, is_over)] = await jobs_of(platform, handle)
     assert is_over
+
+
+async def test_a_give_back_reads_a_run_that_had_looked_for_the_jobs_of_the_run_before(platform: Platform) -> None:
+    """The reset run was cancelled, and terminated while it tried to cancel the job of the run before."""
+    async with platform.worker():
+        handle = await unanswered(platform, "image")
+        await handle.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
+        run = await reset(platform, handle, (await points_of(platform, handle))[0])
+        await answer_again(platform)
+        task_id = task_id_of(handle)
+        hangs = await platform.simulators.admin.comfyui.fault("drop", route="cancel_job", task_id=task_id, times=None)
+        await platform.until_hit("cancel_job", hangs)
+        assert await scheduled(run, "unanswered_jobs")
+        await run.terminate()
+        await answer_again(platform)
+        await asyncio.wait_for((await give_back(platform, handle)).result(), 30)
+        await ended_without_its_run(platform, task_id)
+    assert [is_over for _, is_over in await jobs_of(platform, handle)] == [True]
 
 
 async def under_another_body(platform: Platform) -> Handle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -13,7 +14,7 @@ from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrd
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended, ended_without_its_run
 from tests.workflows.payers import has_kinds, holds_of, new_payer, row_of
-from tests.workflows.platform import Handle, Platform, task_id_of
+from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, over, stalled, topped_up, work_goes_on
 from tests.workflows.resets import points_of, reset
 
@@ -149,6 +150,23 @@ async def test_a_completed_task_whose_row_is_open_again_is_completed_again(
     again = await ended_without_its_run(platform, task_id_of(handle))
     assert (again.status, again.charged) == (TaskStatus.COMPLETED, ending.charged)
     assert again.result["result_urls"] == ending.result["result_urls"]
+
+
+async def test_a_task_that_ended_once_reset_is_given_back_where_its_row_is_open_again(
+    platform: Platform, database: Database
+) -> None:
+    """The reset run has looked for the jobs of the run before it."""
+    handle = await stalled(platform, (await new_payer(platform)).image())
+    run = await reset(platform, handle, (await points_of(platform, handle))[-1])
+    older = await database.backup(task_id_of(handle))
+    async with work_goes_on(platform, run):
+        ending = await ended(platform, run)
+    assert ending.status is TaskStatus.COMPLETED and await scheduled(run, "unanswered_jobs")
+    await database.restore(task_id_of(handle), older)
+    result = await asyncio.wait_for(given_back(platform, handle), 30)
+    assert result["outcome"] == "already_charged"
+    again = await ended_without_its_run(platform, task_id_of(handle))
+    assert (again.status, again.charged) == (TaskStatus.COMPLETED, ending.charged)
 
 
 @pytest.mark.parametrize("how", ["cancelled", "failed"])
