@@ -20,6 +20,7 @@ from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState
 from store.failures import NotToBeSettled, TaskUnknown
 from store.tables import audit_log, task_exceptions, tasks
 from store.tasks import insert_exceptions
+from store.unsettled import PRICE_TO_CHARGE, shortfall_in
 
 KEY: Final = "settlement_by_hand"
 OPERATION: Final = "settle_by_hand"
@@ -46,7 +47,7 @@ async def settle(connection: AsyncConnection, found: Found) -> bool:
 
     Raises TaskUnknown, and NotToBeSettled where the task is open or its settlement is known.
     """
-    columns = (tasks.c.tenant_id, tasks.c.ended_at, tasks.c.credits)
+    columns = (tasks.c.tenant_id, tasks.c.ended_at, tasks.c.credits, PRICE_TO_CHARGE)
     chosen = select(*columns).where(tasks.c.task_id == found.task_id).with_for_update()
     row = (await connection.execute(chosen)).one_or_none()
     if row is None:
@@ -58,12 +59,11 @@ async def settle(connection: AsyncConnection, found: Found) -> bool:
         )
     if row.credits.get("settlement") != SettlementState.UNKNOWN.value:
         return await _known(connection, found, row)
-    credits = CreditsSummary.model_validate(row.credits).model_copy(
-        update={**found.figures, "settlement": SettlementState.SETTLED}
-    )
+    credits = CreditsSummary.model_validate(row.credits).settled(**found.figures, price=row.price)
     values = credits.model_dump(mode="json")
     await connection.execute(update(tasks).where(tasks.c.task_id == found.task_id).values(credits=values))
-    await insert_exceptions(connection, found.task_id, [_record(found)])
+    record = _record(found)
+    await insert_exceptions(connection, found.task_id, [record, *shortfall_in(credits, record.ts)])
     await connection.execute(insert(audit_log).values(**_audited(found, row.tenant_id)))
     return True
 

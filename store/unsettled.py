@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 import structlog
@@ -10,10 +10,17 @@ from pydantic import ValidationError
 from sqlalchemy import ColumnElement, and_, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from comfyui_temporal.contracts.errors import sentences_of
-from comfyui_temporal.contracts.task_store import Correction, UnsettledTask
-from comfyui_temporal.contracts.tasks import SettlementState
-from store.tables import tasks
+from comfyui_temporal.contracts.errors import ExceptionCode, sentences_of
+from comfyui_temporal.contracts.task_store import (
+    PRICE,
+    SHORTFALL_KEY,
+    SHORTFALL_TEXT,
+    Correction,
+    TaskException,
+    UnsettledTask,
+)
+from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskStatus
+from store.tables import task_exceptions, tasks
 from store.tasks import insert_exceptions
 
 log = structlog.get_logger(__name__)
@@ -22,6 +29,21 @@ LOOKED_AT_FOR: Final = timedelta(hours=25)
 """After a task's end: hourly for a day, and one hour for a late last check."""
 # Literals, not parameters: only then does the planner use the partial index.
 _IS_UNKNOWN: Final = text(f"tasks.credits ->> 'settlement' = '{SettlementState.UNKNOWN.value}'")
+PRICE_TO_CHARGE: Final = (
+    select(task_exceptions.c.details[PRICE])
+    .where(
+        task_exceptions.c.task_id == tasks.c.task_id,
+        task_exceptions.c.code == ExceptionCode.SETTLEMENT_UNKNOWN.value,
+        task_exceptions.c.details.has_key(PRICE),
+        tasks.c.status == TaskStatus.COMPLETED.value,
+    )
+    .order_by(task_exceptions.c.ts.desc())
+    .limit(1)
+    .correlate(tasks)
+    .scalar_subquery()
+    .label(PRICE)
+)
+"""What a completed task was to be charged, in points; NULL where it ended otherwise, or no record names it."""
 
 
 def still_looked_at() -> ColumnElement[bool]:
@@ -46,7 +68,7 @@ async def take_unsettled(connection: AsyncConnection, *, every: timedelta, limit
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    columns = [tasks.c[name] for name in UnsettledTask.model_fields]
+    columns = [PRICE_TO_CHARGE if name == PRICE else tasks.c[name] for name in UnsettledTask.model_fields]
     taken = update(tasks).where(tasks.c.task_id.in_(due)).values(settlement_looked_at=func.now()).returning(*columns)
     found: list[UnsettledTask] = []
     for row in await connection.execute(taken):
@@ -58,7 +80,7 @@ async def take_unsettled(connection: AsyncConnection, *, every: timedelta, limit
 
 
 async def correct(connection: AsyncConnection, correction: Correction) -> bool:
-    """Write what the ledger shows into the row's `credits`, with its record. False if it was not unknown."""
+    """Write what the ledger shows into the row's `credits`, with its records. False if it was not unknown."""
     settled = (
         update(tasks)
         .where(tasks.c.task_id == correction.task_id, _IS_UNKNOWN)
@@ -67,5 +89,16 @@ async def correct(connection: AsyncConnection, correction: Correction) -> bool:
     )
     if await connection.scalar(settled) is None:
         return False
-    await insert_exceptions(connection, correction.task_id, [correction.record])
+    records = [correction.record, *shortfall_in(correction.credits, correction.record.ts)]
+    await insert_exceptions(connection, correction.task_id, records)
     return True
+
+
+def shortfall_in(credits: CreditsSummary, at: datetime) -> list[TaskException]:
+    """The record of what could not be charged; none where everything was."""
+    if not credits.shortfall:
+        return []
+    message, details = SHORTFALL_TEXT.format(points=credits.shortfall), {"shortfall": credits.shortfall}
+    return [
+        TaskException(key=SHORTFALL_KEY, code=ExceptionCode.SHORTFALL.value, message=message, details=details, ts=at)
+    ]

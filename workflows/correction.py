@@ -19,7 +19,7 @@ from comfyui_temporal.contracts.calls import LedgerQuery
 from comfyui_temporal.contracts.errors import ExceptionCode
 from comfyui_temporal.contracts.reconcile import UnsettledLook
 from comfyui_temporal.contracts.task_store import Correction, TaskException, UnsettledTask
-from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState
+from comfyui_temporal.contracts.tasks import CreditsSummary
 from workflows.outside_call import HEARTBEAT_TIMEOUT, RETRY, STORE_TIMEOUT, OutsideCall
 from workflows.stop import Stop
 from workflows.task_ledger import TaskLedger
@@ -29,19 +29,14 @@ READ_WITHIN: Final = timedelta(seconds=30)
 READS_AT_ONCE: Final = 10
 
 
-def corrected(recorded: CreditsSummary, ledger: TaskLedger) -> CreditsSummary | None:
+def corrected(recorded: CreditsSummary, ledger: TaskLedger, *, price: int | None = None) -> CreditsSummary | None:
     """The credits as the ledger shows them now; None where it still does not show the end."""
     charged, stands = ledger.charged(), ledger.open_holds()
     if charged is None or not ledger.is_complete or not ledger.holds:
         return None
     if charged == 0 and (stands.named or stands.nameless):
         return None  # its points have not been returned
-    settled = {
-        "charged": charged,
-        "returned": max(0, recorded.held - charged),
-        "settlement": SettlementState.SETTLED,
-    }
-    return recorded.model_copy(update=settled)
+    return recorded.settled(charged=charged, returned=max(0, recorded.held - charged), price=price)
 
 
 class Corrections:
@@ -79,7 +74,9 @@ class Corrections:
         answer = await outside.visible(
             CreditsActivities.ledger, query, summary=f"3 ledger of {task.task_id}", within=READ_WITHIN
         )
-        credits = corrected(task.credits, TaskLedger.of(answer.reply)) if answer.reply is not None else None
+        if answer.reply is None:
+            return False
+        credits = corrected(task.credits, TaskLedger.of(answer.reply), price=task.price)
         if credits is None:
             return False
         record = TaskException(

@@ -205,6 +205,7 @@ class ForgottenHolds:
             ExceptionCode.SETTLEMENT_UNKNOWN,
             "The task's run was reset, and the ledger does not show how every hold ended. Nothing more is charged, and "
             "the ledger is read again hourly for a day.",
+            **self._ends.price_details,
         )
 
     def _record_left(self, pre_deduct_id: str, refusal: Refusal) -> None:

@@ -123,6 +123,7 @@ class OrphanedTask:
         """Holds that the run had given back, and published as such."""
         look = RowRead(manual, orphans.row)
         self._hold = CreditHold(task, manual, self._record, workflow.now, orphans.hold_state(), look)
+        self._hold.ends.price = orphans.cost
         self._attempts = Attempts(self._routes, self._outside, self._record, clock, self._stop, Alarm(), orphans.jobs)
         self._settlement = Settlement(task, self._outside, self._record, self._hold)
         self._undo = Undo()

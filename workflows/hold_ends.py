@@ -10,6 +10,7 @@ from typing import Final
 from temporalio import workflow
 
 from comfyui_temporal.contracts.requests import HoldState
+from comfyui_temporal.contracts.task_store import PRICE
 from comfyui_temporal.contracts.tasks import SettlementState
 from workflows.task_ledger import HoldFate
 
@@ -21,6 +22,8 @@ class HoldEnds:
 
     def __init__(self, state: HoldState) -> None:
         self._state = state
+        self.price: int | None = None
+        """The whole price of delivered work, in points, for records of what is unknown; None until it is charged."""
         if state.granted is None:  # a first run, or one that release 0.1.0 began
             state.granted = state.granted_before + sum(hold.pre_deduct_id is not None for hold in state.asked)
             state.given_back = state.granted_before + sum(hold.resolved for hold in state.asked)
@@ -42,6 +45,11 @@ class HoldEnds:
     def mark_unknown(self) -> None:
         """How a hold or a charge ended could not be found out."""
         self._state.is_unknown = True
+
+    @property
+    def price_details(self) -> dict[str, int]:
+        """For a record `settlement_unknown`: whoever settles the task later learns its price there."""
+        return {} if self.price is None else {PRICE: self.price}
 
     def find_out_again(self) -> None:
         """What was unknown until now is looked up again: only what stays so counts."""

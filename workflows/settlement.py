@@ -12,6 +12,7 @@ from comfyui_temporal.contracts.credits import ChargeRequest, CommitRequest, Hol
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, Refusal, RefusalKind
 from comfyui_temporal.contracts.requests import RequestedHold
 from comfyui_temporal.contracts.task_events import EventType
+from comfyui_temporal.contracts.task_store import SHORTFALL_KEY, SHORTFALL_TEXT
 from comfyui_temporal.contracts.tasks import SettlementState, TaskInput
 from workflows.charges import Charges, ChargeUnknown
 from workflows.credit_hold import CreditHold
@@ -48,7 +49,7 @@ class Settlement:
 
         Raises RowEnded where an earlier life has ended the task.
         """
-        self.charges.price = cost
+        self.charges.price = self._hold.ends.price = cost
         try:
             if self._outside.earlier.is_possible:
                 raise EarlierLifePossible()
@@ -220,14 +221,15 @@ class Settlement:
             f"read again hourly for a day. {unknown}",
             pre_deduct_id=hold.pre_deduct_id if hold else None,
             cost=cost,
+            **self._hold.ends.price_details,
         )
 
     def record_shortfall(self, points: int) -> None:
         self._hold.set_shortfall(points)
         self._record.record_exception(
-            "shortfall",
+            SHORTFALL_KEY,
             ExceptionCode.SHORTFALL,
-            f"{points} points of this task's price could not be charged.",
+            SHORTFALL_TEXT.format(points=points),
             shortfall=points,
         )
 

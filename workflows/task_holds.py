@@ -412,6 +412,7 @@ class TaskHolds:
             f"Whether hold {hold.pre_deduct_id} was charged or given back could not be found out; the ledger is read "
             f"again hourly for a day. {refusal.sentence}",
             pre_deduct_id=hold.pre_deduct_id,
+            **self.ends.price_details,
         )
 
 

@@ -16,6 +16,11 @@ from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, TaskStatus, with_settlement
 
+PRICE: Final = "price"
+"""In the details of a record `settlement_unknown`: the whole price that was to be charged, in points."""
+SHORTFALL_KEY: Final = "shortfall"
+SHORTFALL_TEXT: Final = "{points} points of this task's price could not be charged."
+
 
 class Fact(OwnModel):
     """One thing that happened, named by the workflow. The store gives it its `seq` (contract §6).
@@ -269,6 +274,8 @@ class UnsettledTask(OwnModel):
     scene: Scene
     priority: TaskPriority
     credits: CreditsSummary
+    price: int | None = None
+    """What a completed task was to be charged; None where no record names it."""
 
 
 class Correction(OwnModel):

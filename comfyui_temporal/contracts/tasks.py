@@ -299,6 +299,15 @@ class CreditsSummary(OwnModel):
     pre_deduct_count: int = 0
     """How many there were in all."""
 
+    def settled(self, *, charged: int, returned: int, price: int | None) -> CreditsSummary:
+        """These credits once it is known how they ended. What a task was not charged of its `price` is its shortfall.
+
+        `price` None: the task owes nothing, or its price is not known.
+        """
+        shortfall = self.shortfall if price is None else max(0, price - charged)
+        known = {"charged": charged, "returned": returned, "shortfall": shortfall}
+        return self.model_copy(update={**known, "settlement": SettlementState.SETTLED})
+
 
 def with_settlement(values: Any, *, has_ended: bool) -> Any:
     """A result or row as data: `credits` of an ended task without a settlement (release 0.1.0) were settled."""

@@ -95,6 +95,26 @@ async def test_the_row_gets_the_figures_and_the_record_and_the_audit_log_say_who
     assert sum(one.tasks for one in figures.unsettled) == 0, "the alert ends"
 
 
+@pytest.mark.parametrize(
+    ("status", "charged", "shortfall"),
+    [(TaskStatus.COMPLETED, 20, 10), (TaskStatus.COMPLETED, 30, 0), (TaskStatus.FAILED, 0, 0)],
+)
+async def test_the_rest_of_the_price_of_a_completed_task_is_its_shortfall(
+    store: TaskStore, status: TaskStatus, charged: int, shortfall: int
+) -> None:
+    task_id, at = new_task_id(), datetime.now(UTC)
+    await store.claim(claim_of(task_id))
+    unknown = TaskException(key="settlement_unknown", code="settlement_unknown", message="", ts=at)
+    write = write_of(task_id, end(status=status), status=status, credits=UNKNOWN)
+    records = [unknown.model_copy(update={"details": {"cost": 10, "price": 30}})]
+    await store.write(write.model_copy(update={"exceptions": records}))
+    await store.settle_by_hand(found(task_id, charged=charged, returned=0))
+    row = await store.task(task_id)
+    assert row is not None and row.credits.shortfall == shortfall
+    recorded = [record.details for record in await store.exceptions(task_id=task_id) if record.code == "shortfall"]
+    assert recorded == ([{"shortfall": shortfall}] if shortfall else [])
+
+
 async def test_a_repeat_changes_nothing_and_other_figures_are_refused(store: TaskStore, dsn: str) -> None:
     task_id = await unsettled(store)
     await store.settle_by_hand(found(task_id))

@@ -15,11 +15,13 @@ from comfyui_temporal.contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOr
 from comfyui_temporal.contracts.tasks import SettlementState, TaskStatus
 from proof.simulators.admin_wire import Fault
 from store import TaskStore
+from store.by_hand import Found
 from tests.conftest import NewDatabase, unique
-from tests.workflows.books import check_histories, ended
-from tests.workflows.payers import Payer, holds_of, new_payer
+from tests.workflows.books import check_histories, ended, give_back
+from tests.workflows.payers import Payer, end_open_holds, holds_of, new_payer
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 from tests.workflows.resets import points_of, reset
+from tests.workflows.test_settlement import expired, start_reporting
 from workflows import ledger_search
 
 HD = 18 + 6
@@ -106,6 +108,68 @@ async def test_a_settlement_that_was_unknown_is_corrected_once_the_ledger_shows_
     assert seqs == [event.seq for event in events], "a correction publishes no event"
     assert (await handle.result())["credits"] == result["credits"], "the run's result stays as it was"
     assert (await reconcile(alone)).corrected == 0
+
+
+async def records_of(platform: Platform, handle: Handle) -> dict[str, dict[str, Any]]:
+    """Code → the record's details."""
+    return {record.code: record.details for record in await platform.store.exceptions(task_id=task_id_of(handle))}
+
+
+@pytest.mark.parametrize("by", ["the reconciler", "hand"])
+async def test_what_a_corrected_task_was_not_charged_is_its_shortfall(alone: Platform, by: str) -> None:
+    """Its hold had expired before the commit, and the ledger did not show that in time."""
+    payer = await new_payer(alone)
+    admin, task = alone.simulators.admin, payer.image()
+    await admin.comfyui.fault("job_stall", route="submit_job", task_id=task["task_id"], at=0.3, times=None)
+    handle = await alone.start(task)
+    await alone.until_held(task["task_id"])
+    lag = await admin.credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=HOURS)
+    await end_open_holds(alone, handle)
+    await admin.comfyui.act((await alone.job(handle)).run_id, "finish")
+    result = await handle.result()
+    assert (result["status"], result["credits"]["settlement"]) == (TaskStatus.COMPLETED, "unknown")
+    await admin.credits.remove_fault(lag)
+    if by == "hand":
+        read = Found(task_id=task["task_id"], charged=0, returned=HD, by="ada", reason="entry 4711 is its expiry")
+        assert await alone.store.settle_by_hand(read)
+    else:
+        assert (await reconcile(alone)).corrected == 1
+    known = {"settlement": SettlementState.SETTLED, "charged": 0, "returned": HD, "shortfall": HD}
+    assert await credits_in_row(alone, handle) == {**result["credits"], **known}
+    assert (await records_of(alone, handle))["shortfall"] == {"shortfall": HD}
+
+
+async def test_the_part_of_a_price_that_was_never_charged_is_the_shortfall_once_corrected(alone: Platform) -> None:
+    """Of 2,460 points 2,000 were charged; the answer to the second part leaves open what became of it."""
+    payer = await new_payer(alone)
+    admin, task = alone.simulators.admin, payer.training(max_credits=5_000)
+    conflict = {"detail": {"code": "40901", "message": "idempotency_conflict"}}
+    await admin.credits.fault("answer", route="charge", task_id=task["task_id"], nth=2, status=409, body=conflict)
+    handle = await start_reporting(alone, task, gpu_hours=40, gpu_hours_used=40)
+    await expired(alone, handle)
+    assert (await handle.result())["credits"]["settlement"] == "unknown"
+    assert (await reconcile(alone)).corrected == 1
+    credits = await credits_in_row(alone, handle)
+    assert (credits["charged"], credits["shortfall"]) == (2_000, 460)
+    assert (await records_of(alone, handle))["shortfall"] == {"shortfall": 460}
+
+
+async def test_a_task_that_its_give_back_completed_has_its_shortfall_once_corrected(alone: Platform) -> None:
+    """Its run was terminated in its commit, whose hold had expired; the ledger showed neither in time."""
+    payer = await new_payer(alone)
+    credits, task = alone.simulators.admin.credits, payer.image()
+    lost = await credits.fault("drop", route="commit", task_id=task["task_id"], when="before", times=None)
+    handle = await start_reporting(alone, task, actual_cost=HD)
+    await expired(alone, handle)
+    await alone.until_hit("commit", lost)
+    lag = await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=HOURS)
+    await handle.terminate()
+    assert (await (await give_back(alone, handle)).result())["outcome"] == "settlement_unknown"
+    await credits.remove_fault(lag)
+    assert (await reconcile(alone)).corrected == 1
+    row = await alone.store.task(task["task_id"])
+    assert row is not None
+    assert (row.status, row.credits.charged, row.credits.shortfall) == (TaskStatus.COMPLETED, 0, HD)
 
 
 @pytest.mark.slow
