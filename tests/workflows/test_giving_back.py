@@ -188,6 +188,32 @@ async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
     assert len(open_holds) == (1 if ledger == "by reason" else 0)
 
 
+@pytest.mark.by_contract("the ledger shows ids")
+@pytest.mark.parametrize("message", ["amount_invalid", "pre_deduct_not_found"])
+@pytest.mark.parametrize("fate", ["commit", "cancel"])
+async def test_a_doubled_hold_that_cannot_be_cancelled_is_recorded(
+    quick_platform: Platform, fate: str, message: str
+) -> None:
+    payer = await new_payer(quick_platform)
+    refusal = {"detail": {"code": "0", "message": message}}
+    await quick_platform.simulators.admin.credits.fault(
+        "answer",
+        route="cancel_hold",
+        tenant_id=payer.tenant_id,
+        nth=1 if fate == "commit" else 2,  # the one before is its own hold's
+        status=422,
+        body=refusal,
+    )
+    handle = await held_twice(quick_platform, payer, fate)
+    ending = await ended(quick_platform, handle, exempt={"hold_expires"})
+    [record] = ending.records
+    assert (record.code, record.details["amount"]) == ("hold_doubled", HD)
+    said = "could not be cancelled: it ends by expiry" if message == "amount_invalid" else "had ended before"
+    assert said in record.message and message in record.message
+    credits, charged = ending.result["credits"], HD if fate == "commit" else 0
+    assert (credits["settlement"], credits["charged"], credits["returned"]) == ("settled", charged, HD - charged)
+
+
 @pytest.fixture
 def away_for_longer_than_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The task store is away from the second attempt of a first pre-deduct on, until that call's time is over."""
