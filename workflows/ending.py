@@ -24,6 +24,7 @@ from workflows.stop import Stop
 from workflows.task_record import TaskRecord
 from workflows.undo import Undo
 
+CLEANED_UP_LAST: Final = "cleaned-up-once-forgotten-jobs-are-cancelled"
 JOBS_CANCELLED_ONCE_BACK: Final = "forgotten-jobs-cancelled-once-the-store-is-back"
 
 
@@ -131,9 +132,13 @@ class TaskEnding:
             await self._publish_completed(outcome.delivery)
         else:
             self._publish_end(outcome.end)
-        await self._all_published()
+        # The request of a training whose answer was lost is repeated with the list of files that lies beside the copy.
+        cleans_up_last = self._outside.earlier.life.is_store_away and workflow.patched(CLEANED_UP_LAST)
+        await self._all_published(cleans_up=not cleans_up_last)
         row = await self._ended_otherwise()
         await self._cancel_forgotten_jobs()
+        if cleans_up_last:
+            await self._clean_up()
         if outcome.end is not None:
             await self._give_back_forgotten()
         return outcome if row is None else await self._publish_row(row)
@@ -228,8 +233,9 @@ class TaskEnding:
             return None
         return row
 
-    async def _all_published(self) -> None:
+    async def _all_published(self, *, cleans_up: bool = True) -> None:
         """Only the end of the run waits for the event writer and for handlers in flight."""
-        await self._clean_up()
+        if cleans_up:
+            await self._clean_up()
         await self._record.all_written()
         await workflow.wait_condition(workflow.all_handlers_finished)

@@ -20,7 +20,7 @@ from tests.workflows.books import ended, ended_without_its_run, give_back
 from tests.workflows.payers import holds_of, new_payer
 from tests.workflows.platform import Handle, Platform, running_platform, scheduled, task_id_of
 from tests.workflows.reset_scenarios import POLICY, until_working
-from tests.workflows.resets import Point, points_of, reset
+from tests.workflows.resets import Point, point_before, points_of, reset
 from workflows import row_look
 
 ROUTES = {"image": "submit_job", "training": "create_training"}
@@ -186,6 +186,30 @@ async def test_a_job_that_only_the_row_knows_is_cancelled_once_the_store_is_back
         cable.plug_in()
         assert (await ended(cut_off, run)).status is TaskStatus.CANCELLED
     assert [is_over for _, is_over in await jobs_of(cut_off, run)] == [True, True]
+
+
+async def test_a_training_of_the_run_before_is_cancelled_before_its_files_are_deleted(
+    cut_off: Platform, cable: Cable
+) -> None:
+    """Its id is learned by the same request as before, with the list of files, once the store is back."""
+    async with cut_off.worker():
+        handle = await unanswered(cut_off, "training")
+    before_create = await point_before(cut_off, handle, "create_training")
+    await handle.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
+    cable.pull()
+    run = await reset(cut_off, handle, before_create)
+    await answer_again(cut_off)
+    async with cut_off.worker():
+
+        async def is_cancelled() -> bool:
+            return bool((await cut_off.progress(run))["status"] == TaskStatus.CANCELLED)
+
+        await cut_off.until(is_cancelled)
+        cable.plug_in()
+        ending = await asyncio.wait_for(ended(cut_off, run), 60)
+    assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, [])
+    assert [is_over for _, is_over in await jobs_of(cut_off, run)] == [True]
+    assert cut_off.snapshot_files(task_id_of(run)) == []
 
 
 async def second_attempt(platform: Platform) -> Handle:
