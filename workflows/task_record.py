@@ -105,8 +105,13 @@ class TaskRecord:
         return ApplicationError(sentence, type=code, non_retryable=True)
 
     def set_claim(self, resolution: str) -> None:
-        """Keep the claim: each write sends it too, for a store that was restored and has lost the row."""
-        info = workflow.info()
+        """Keep the claim: each write sends it too, for a store that was restored and has lost the row.
+
+        A continued run's own argument and start are not those that were claimed: the first run's are carried.
+        """
+        info, own = workflow.info(), self._own
+        own.input_sha256 = own.input_sha256 or input_sha256_of(self._task)
+        own.claimed_at = own.claimed_at or info.workflow_start_time
         self._claim = TaskClaim(
             task_id=self._task.task_id,
             tenant_id=self._task.tenant_id,
@@ -117,8 +122,8 @@ class TaskRecord:
             resolution=resolution,
             workflow_id=info.workflow_id,
             first_execution_run_id=info.first_execution_run_id,
-            input_sha256=input_sha256_of(self._task),
-            at=info.workflow_start_time,
+            input_sha256=own.input_sha256,
+            at=own.claimed_at,
         )
 
     def _publish_identity(self, claim: TaskClaim, input_sha256: str) -> None:

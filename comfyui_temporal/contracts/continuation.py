@@ -146,6 +146,9 @@ class RecordState(OwnModel):
     held_back: HeldProgress | None = None
     last_shown: str = ""
     last_news_at: Instant | None = None
+    input_sha256: str | None = None
+    """Of the claim, and when it was made: those of the chain's first run."""
+    claimed_at: Instant | None = None
 
 
 class PriceState(OwnModel):

@@ -7,14 +7,15 @@ import json
 from typing import Any
 
 import asyncpg
+import httpx
 import pytest
 import pytest_asyncio
 
 from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
 from comfyui_temporal.contracts.tasks import TaskStatus
-from tests.workflows.books import ended, ended_without_its_run
+from tests.workflows.books import ended, ended_without_its_run, runs_of
 from tests.workflows.payers import has_kinds, holds_of, new_payer, row_of
-from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
+from tests.workflows.platform import CALLERS, Handle, Platform, scheduled, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, over, stalled, topped_up, work_goes_on
 from tests.workflows.resets import points_of, reset
 
@@ -96,6 +97,36 @@ async def test_an_open_run_whose_row_was_lost_recreates_it_and_is_delivered(
         before.tenant_id,
         before.resolution,
     )
+
+
+@pytest.mark.parametrize("kind", ["image", "training with a list of files"])
+async def test_a_continued_run_recreates_its_row_as_it_was_claimed(
+    platform: Platform, database: Database, kind: str
+) -> None:
+    """The owner's repeat of the start is the same task: another hash would be answered 409, and be ordered anew."""
+    platform.policy |= {"continue_as_new_events": 50, "poll_after_seconds": 0.2}
+    payer = await new_payer(platform)
+    task = payer.image() if kind == "image" else payer.training()
+    if "dataset" in task:
+        task["dataset"]["files"] = ["0.txt"]
+    handle = await stalled(platform, task)
+    before = await row_of(platform, handle)
+
+    async def has_continued() -> bool:
+        return len(await runs_of(platform, handle)) > 1
+
+    await platform.until(has_continued)
+    await database.restore(task_id_of(handle))
+    async with work_goes_on(platform, handle):
+        ending = await ended(platform, handle)
+    assert ending.status is TaskStatus.COMPLETED
+    after = await row_of(platform, handle)
+    assert (after.input_sha256, after.created_at) == (before.input_sha256, before.created_at)
+    route = "images" if kind == "image" else "trainings"
+    token = CALLERS.made_for(payer.tenant_id, payer.user_id)
+    async with httpx.AsyncClient(base_url=platform.gateway_url, trust_env=False) as http:
+        repeat = await http.post(f"/api/v1/tasks/{route}", json=task, headers={"Authorization": f"Bearer {token}"})
+    assert repeat.status_code == 200, repeat.text
 
 
 async def test_an_open_run_whose_row_was_lost_is_cancelled_and_given_back(
