@@ -83,11 +83,18 @@ async def taken_over(connection: AsyncConnection, row: Row[*tuple[Any, ...]], ru
 
 
 async def note_older_row(
-    connection: AsyncConnection, row: Row[*tuple[Any, ...]], run: TaskRun, *, written: int
-) -> None:
-    """Mark a row that is older than the run's own writes: it comes from a backup and is incomplete."""
-    if row.run_id == run.run_id and row.ended_at is None and row.version < written and not row.lives:
-        await connection.execute(update(tasks).where(tasks.c.task_id == run.task_id).values(lives=1))
+    connection: AsyncConnection, row: Row[*tuple[Any, ...]], run: TaskRun, changes: dict[str, Any], *, written: int
+) -> int:
+    """Mark a row that is older than what the run, or the one it continues, has written: it comes from a backup.
+
+    `changes`: those of the run's take-over. Returns the row's lives after both.
+    """
+    lives: int = changes.get("lives", row.lives)
+    acts = bool(changes) or row.run_id == run.run_id
+    if acts and row.ended_at is None and row.version < written and not lives:
+        lives = 1
+        await connection.execute(update(tasks).where(tasks.c.task_id == run.task_id).values(lives=lives))
+    return lives
 
 
 def take_over(row: Row[*tuple[Any, ...]], run: TaskRun) -> dict[str, Any]:

@@ -200,10 +200,10 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
     version, lives, reached = row.version, row.lives, dict[tuple[int, str | None], float]()
     if run is not None and (row.run_id is None or run.run_number >= row.run_number or run.is_current):
         taken_by_run = await taken_over(connection, row, run)
-        version, lives = taken_by_run.get("version", version), taken_by_run.get("lives", lives)
-        await note_older_row(connection, row, run, written=write.written_version)
+        version = taken_by_run.get("version", version)
+        lives = await note_older_row(connection, row, run, taken_by_run, written=write.written_version)
     may_repeat = any(_may_repeat(fact, row) for fact in write.facts)
-    if not had_ended and (may_repeat or row.lives or (run is not None and run.run_id != row.run_id)):
+    if not had_ended and (may_repeat or lives or (run is not None and run.run_id != row.run_id)):
         published = await connection.execute(_REACHED, {"task": write.task_id})
         reached = {(attempt, stage): progress for attempt, stage, progress in published}
     so_far = WrittenSoFar(

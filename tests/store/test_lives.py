@@ -285,3 +285,39 @@ async def test_a_row_that_is_older_than_what_its_run_has_written_comes_from_a_ba
     assert (await task_store.register(run_of(task_id))).lives == 0
     await task_store.write(write_of(task_id, version=9).model_copy(update={"written_version": 7}), run_of(task_id))
     assert (await task_store.register(run_of(task_id))).lives == 1
+
+
+async def test_an_older_row_is_seen_by_a_run_that_has_continued_since_the_backup(task_store: TaskStore) -> None:
+    task_id = await claimed(task_store)
+    await task_store.write(write_of(task_id, fact("a"), version=4), run_of(task_id))
+    continued = run_of(task_id, "run-2", 1)
+    await task_store.write(write_of(task_id, version=9).model_copy(update={"written_version": 7}), continued)
+    life = await task_store.register(continued)
+    assert (life.lives, (await row_of(task_store, task_id)).version) == (1, 9)
+
+
+async def test_a_row_that_is_as_new_as_what_was_written_is_no_older_one_for_a_continued_run(
+    task_store: TaskStore,
+) -> None:
+    task_id = await claimed(task_store)
+    await task_store.write(write_of(task_id, fact("a"), version=4), run_of(task_id))
+    for number, written in ((1, 4), (2, 9)):
+        run = run_of(task_id, f"run-{number + 1}", number)
+        await task_store.write(write_of(task_id, version=9).model_copy(update={"written_version": written}), run)
+        assert (await task_store.register(run)).lives == 0
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["the same run", "the next run"])
+async def test_the_points_add_up_where_the_ending_write_is_the_first_to_see_an_older_row(
+    task_store: TaskStore, number: int
+) -> None:
+    """What the run had published since the backup is lost; it publishes the rest."""
+    task_id = await claimed(task_store)
+    await task_store.write(write_of(task_id, fact("a"), version=4), run_of(task_id))
+    back = fact("given_back:1", event=EventType.CREDITS, credits_delta=24)
+    write = write_of(task_id, back, end(), version=9, status=TaskStatus.CANCELLED, credits=CreditsSummary(charged=0))
+    run = run_of(task_id, "run-2", 1) if number else run_of(task_id)
+    await task_store.write(write.model_copy(update={"written_version": 7}), run)
+    events = await task_store.events(task_id)
+    assert [event.credits_delta for event in events if event.credits_delta] == [24, -24]
+    assert (events[-1].event, [event.seq for event in events]) == (EventType.COMPLETED, list(range(1, len(events) + 1)))
