@@ -33,6 +33,7 @@ REFUSED_AGAIN_AFTER: Final = timedelta(seconds=30)
 LOOK_AGAIN_AFTER: Final = timedelta(seconds=1)
 LEFT_FOR_LATE: Final = 0.75
 """The share of a hold's life after which it is renewed even while the hold before is still being given back."""
+POINTS_AWAITED: Final = "points-of-the-old-hold-awaited-by-the-next-run"
 TOO_SHORT: Final = "The balance was too short for the renewal and the old hold together."
 
 _TOP_UP: Final = next(row.advice for row in CREDITS_ERRORS if row.failure is FailureCode.INSUFFICIENT_BALANCE)
@@ -266,9 +267,18 @@ class CreditHold(TaskHolds):
     async def _renew(self, amount: int) -> None:
         with suppress(RenewalSuspended):
             if self.standing is None and self.state.uncovered_since is not None:
+                await self._old_points_back()
                 await self._cover_after_gap(amount, self.state.uncovered_since)
             else:
                 await self._renew_standing(amount)
+
+    async def _old_points_back(self) -> None:
+        """A renewal that was suspended without cover may not have its old hold's points back: wait for them first."""
+        if self._next_leaving() is None or not workflow.patched(POINTS_AWAITED):
+            return
+        self.resume()
+        await self._returned_or_closing(lambda: self._next_leaving() is None)
+        self.state.uncovered_since = workflow.now()
 
     async def _renew_standing(self, amount: int) -> None:
         old = self.standing

@@ -23,7 +23,16 @@ from proof.simulators.admin_wire import Fault
 from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import ended, ended_without_its_run, give_back, runs_of
-from tests.workflows.payers import holds_of, kinds_of, refuse_cancels, until_price_shown, until_started
+from tests.workflows.payers import (
+    holds_of,
+    kinds_of,
+    new_payer,
+    refuse_cancels,
+    start_long_training,
+    until_kinds,
+    until_price_shown,
+    until_started,
+)
 from tests.workflows.platform import Handle, Platform, running_platform, sent, task_id_of
 from workflows import outside_call
 
@@ -321,6 +330,40 @@ async def test_a_run_continues_as_new_while_an_old_hold_cannot_be_given_back(pla
     ending = await ended(platform, handle, exempt=FORGED)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 240)
     assert await kinds_of(platform, handle) == ["pre_deduct", "pre_deduct", "cancel", "commit"]
+
+
+async def test_a_run_continues_as_new_while_the_points_of_the_old_hold_are_awaited(
+    patient_platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The balance is too short for two holds. The next run waits for the points too, although a checkpoint came."""
+    monkeypatch.setattr(outside_call, "NEW_FOR", timedelta(seconds=0.3))
+    patient_platform.policy = LONG_RUNS
+    payer = await new_payer(patient_platform, 120)
+    task = payer.training()
+    await patient_platform.simulators.admin.comfyui.fault("callback_withhold", task_id=task["task_id"], times=None)
+    handle = await start_long_training(patient_platform, task)
+    training_id = await started(patient_platform, handle)
+    await patient_platform.pass_time(handle, 1_810)
+    await patient_platform.pass_time(handle, 1_700)
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct"]
+    fault = await away(patient_platform, "cancel_hold", task["task_id"])
+    await patient_platform.pass_time(handle, 60)
+    await patient_platform.until_hit("cancel_hold", fault)
+    checkpoint = {"uri": "file:///checkpoints/1", "epoch": 1, "step": 1, "gpu_hours_used": 0.1}
+    more = itertools.count(900)
+
+    async def is_continued() -> bool:
+        message = {**RUNNING, "sequence": next(more), "checkpoint": checkpoint}
+        await patient_platform.callback(handle, training_id=training_id, **message)
+        return len(await runs_of(patient_platform, handle)) >= 2
+
+    await patient_platform.until(is_continued)
+    await patient_platform.simulators.admin.credits.remove_fault(fault)
+    await until_kinds(patient_platform, handle, ["pre_deduct", "cancel", "pre_deduct"])
+    await patient_platform.callback(handle, **model(training_id, gpu_hours_used=0.5))
+    ending = await ended(patient_platform, handle, exempt=FORGED)
+    assert (ending.status, ending.charged, await payer.balance()) == (TaskStatus.COMPLETED, 120, 0)
+    assert "uncovered" in ending.exceptions
 
 
 @pytest.mark.parametrize(("times", "outcome"), [(1, "given_back"), (2, "settlement_unknown")])
