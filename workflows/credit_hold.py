@@ -34,6 +34,8 @@ LOOK_AGAIN_AFTER: Final = timedelta(seconds=1)
 LEFT_FOR_LATE: Final = 0.75
 """The share of a hold's life after which it is renewed even while the hold before is still being given back."""
 POINTS_AWAITED: Final = "points-of-the-old-hold-awaited-by-the-next-run"
+FIRST_HOLD: Final = "free-training-held-once-its-price-rises"
+NOTHING_HELD: Final = "Nothing was held for the task's price, and the hold was refused."
 TOO_SHORT: Final = "The balance was too short for the renewal and the old hold together."
 
 _TOP_UP: Final = next(row.advice for row in CREDITS_ERRORS if row.failure is FailureCode.INSUFFICIENT_BALANCE)
@@ -185,8 +187,8 @@ class CreditHold(TaskHolds):
     # Kept alive while the run waits
 
     def is_needed(self) -> bool:
-        """Whether a hold was ever granted: a free task has none to keep."""
-        return any(hold.pre_deduct_id for hold in self.state.asked)
+        """Whether a hold was ever granted, or is being requested: a free task has none to keep."""
+        return self._renewal is not None or any(hold.pre_deduct_id for hold in self.state.asked)
 
     def is_covered(self) -> bool:
         """Whether work may begin under the hold. Without one: the price is 0, or another caller has charged it."""
@@ -194,14 +196,18 @@ class CreditHold(TaskHolds):
         return self.state.uncovered_since is None and (hold is None or self._life_of(hold) >= LAST_SECONDS)
 
     def due(self) -> datetime | None:
-        """When to renew the open hold; None while it lasts beyond the deadline, or a renewal is running."""
+        """When to renew the open hold, or to take the first one; None while it lasts beyond the deadline, the task is
+        free, or a renewal is running.
+        """
         hold = self.standing
         if self._renewal is not None or self._is_taking:
             return None
         if self._is_interrupted():
             return workflow.now()
-        due = self._due_of(hold) if hold is not None else None
-        if hold is None or due is None or self._releasing is None:
+        if hold is None:
+            return workflow.now() if self._is_first_due() else None
+        due = self._due_of(hold)
+        if due is None or self._releasing is None:
             return due
         # A third hold is taken only where the open one would run out.
         return max(due, hold.asked_at + timedelta(seconds=hold.request.expire_in * LEFT_FOR_LATE))
@@ -214,6 +220,11 @@ class CreditHold(TaskHolds):
         if spare >= timedelta(0):
             return None if self._deadline_is_fixed() else max(half_life, workflow.now() + max(spare, LOOK_AGAIN_AFTER))
         return max(half_life, self.state.next_renewal_at or half_life)
+
+    def _is_first_due(self) -> bool:
+        """Whether a task that was free until now has a price: nothing is held, and nothing was charged."""
+        is_priced = self._required > 0 and not self.state.charged and self._exhausted is None
+        return is_priced and workflow.patched(FIRST_HOLD)
 
     def _is_interrupted(self) -> bool:
         """Whether a renewal was suspended when the run continued as new: in its request, or without cover."""
@@ -262,7 +273,9 @@ class CreditHold(TaskHolds):
     # Renewal: in the background
 
     def _begin_renewal(self) -> None:
-        self._renewal = asyncio.create_task(self._renew(max(self.covered, self._required)))
+        # Neither is known of a first hold that the run before had requested.
+        amount = max(self.covered, self._required) or self.state.asked[-1].request.estimated_cost
+        self._renewal = asyncio.create_task(self._renew(amount))
 
     async def _renew(self, amount: int) -> None:
         with suppress(RenewalSuspended):
@@ -285,7 +298,10 @@ class CreditHold(TaskHolds):
         try:
             await self._take_renewing(amount)
         except HoldRefused:
-            if old is None or self._is_closing:
+            if self._is_closing:
+                return
+            if old is None:
+                await self._first_refused(amount)
                 return
             left = self._life_of(old)
             if left > LAST_SECONDS:
@@ -300,6 +316,15 @@ class CreditHold(TaskHolds):
             self._record_uncovered("The credits service did not answer until the old hold had expired.")
             self.state.uncovered_since = None
         await self._release(old, "renewed")
+
+    async def _first_refused(self, amount: int) -> None:
+        """A task that was free has a price now, and no hold: it is without cover."""
+        if not workflow.patched(FIRST_HOLD):
+            return
+        self._record_uncovered(NOTHING_HELD)
+        self.state.uncovered_since = since = workflow.now()
+        self.state.checkpoint_passed = False
+        await self._cover_after_gap(amount, since)
 
     async def _replace_without_cover(self, old: RequestedHold, amount: int) -> None:
         """In the old hold's last minute, with a balance too short for both: cancel it and take a new one at once."""

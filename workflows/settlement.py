@@ -24,6 +24,7 @@ from workflows.task_record import TaskRecord
 MOST_COMMITS: Final = 20
 COMMIT_LOOKED_UP: Final = "commit-of-another-amount-looked-up"
 SHORT_AFTER_RESET: Final = "shortfall-beside-a-commit-of-an-earlier-life"
+NEVER_HELD: Final = "charged-without-a-hold-where-the-price-rose-from-0"
 COUNTED_ONCE: Final = "charges-of-earlier-lives-counted-once"
 
 
@@ -76,7 +77,11 @@ class Settlement:
         if standing is not None:
             standing.told = standing.told or standing.amount  # of a run that did not record this yet
         cost -= self._hold.state.charged  # another caller may have committed a hold
-        if cost <= 0 or (standing is None and not self._outside.earlier.is_possible):
+        # The price of a task that was free may have risen with its delivery.
+        is_due = cost > 0 and (
+            standing is not None or self._outside.earlier.is_possible or workflow.patched(NEVER_HELD)
+        )
+        if not is_due:
             await self._hold.give_back("nothing is charged")
             self.settled(None)
             return
@@ -100,7 +105,7 @@ class Settlement:
         self.settled(balance_after)
 
     async def _charge_without_hold(self, cost: int) -> None:
-        """No hold of any life of the task is open: as where one had ended before its commit."""
+        """No hold of any life of the task is open, or none was ever taken: as where one had ended before its commit."""
         missing, balance_after = await self._charge_missing(None, cost, None)
         await self._hold.give_back("nothing is committed")
         if missing > 0:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.simulators.admin_wire import RunSeen
 from tests.workflows.books import ended
@@ -96,6 +97,88 @@ async def test_a_price_above_the_ceiling_is_confirmed_again(quick_platform: Plat
     await act(quick_platform, handle, "resume")
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 360)
+
+
+async def start_free_training(platform: Platform, payer: Payer, **fields: Any) -> tuple[Handle, str]:
+    """Start a training of five hours that costs nothing for its first hour; its handle and id, once it has begun."""
+    platform.policy = platform.policy | {"prices": PriceTable(training_base=0)}
+    admin, free = platform.simulators.admin, {"selected_cost": 0, "estimated_cost": 0}
+    await admin.credits.fault("alter", route="estimate", tenant_id=payer.tenant_id, fields=free, times=None)
+    task = payer.training(**fields)
+    of_task = {"route": "create_training", "task_id": task["task_id"]}
+    await admin.comfyui.fault("job_duration", **of_task, seconds=5 * 3600)
+    await admin.comfyui.fault("job_lie", **of_task, at=0, reply={"gpu_hours": 1.0}, fields={"gpu_hours": 1.0})
+    handle = await platform.start(task)
+
+    async def begun() -> str | None:
+        runs = await admin.comfyui.jobs(task["task_id"])
+        return runs[0].run_id if runs and runs[0].phase in ("waiting", "working") else None
+
+    training_id = await platform.until(begun)
+    assert training_id is not None
+    assert await kinds_of(platform, handle) == []
+    return handle, training_id
+
+
+async def test_a_training_that_was_free_is_held_and_charged_once_its_price_rises(patient_platform: Platform) -> None:
+    payer = await new_payer(patient_platform)
+    handle, training_id = await start_free_training(patient_platform, payer, max_credits=None)
+    comfyui = patient_platform.simulators.admin.comfyui
+    await comfyui.act(training_id, "gpu_hours", gpu_hours=3)
+    await until_price_shown(patient_platform, handle, 120)
+    await handle.execute_update("confirm_price", {"max_credits": 120})
+    await patient_platform.until(lambda: has_amount(patient_platform, handle, 120))
+    await comfyui.act(training_id, "finish")
+    ending = await ended(patient_platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 120, [])
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "commit"]
+
+
+@pytest.mark.parametrize("tops_up", [True, False], ids=["who tops up", "who does not"])
+async def test_the_first_hold_of_a_training_that_was_free_is_refused_to_a_payer(
+    patient_platform: Platform, tops_up: bool
+) -> None:
+    """It is without cover: tried every 30 s until its next checkpoint."""
+    payer = await new_payer(patient_platform, 100)
+    handle, training_id = await start_free_training(patient_platform, payer)
+    comfyui = patient_platform.simulators.admin.comfyui
+    await comfyui.act(training_id, "gpu_hours", gpu_hours=3)
+    await until_refused(patient_platform, payer)
+    await patient_platform.until_settled(handle)
+    tries = await patient_platform.simulators.admin.credits.requests_seen("pre_deduct", task_id_of(handle))
+    assert len(tries) <= 2
+    if tops_up:
+        await payer.has(120)
+        await patient_platform.pass_time(handle, 31)
+        await patient_platform.until(lambda: has_amount(patient_platform, handle, 120))
+        await comfyui.act(training_id, "finish")
+    else:
+        await patient_platform.simulators.admin.advance(2 * 3_600)
+        await patient_platform.pass_time(handle, 40)
+    ending = await ended(patient_platform, handle)
+    assert "uncovered" in ending.exceptions
+    if tops_up:
+        assert (ending.status, ending.charged, await payer.balance()) == (TaskStatus.COMPLETED, 120, 0)
+    else:
+        assert (ending.code, ending.charged) == ("credit_exhausted", 0)
+
+
+@pytest.mark.parametrize("balance", [1_000, 100])
+async def test_a_price_that_rises_from_0_with_the_delivery_is_charged_or_recorded(
+    patient_platform: Platform, balance: int
+) -> None:
+    payer = await new_payer(patient_platform, balance)
+    handle, training_id = await start_free_training(patient_platform, payer)
+    comfyui = patient_platform.simulators.admin.comfyui
+    await comfyui.fault("callback_withhold", task_id=task_id_of(handle), times=None)
+    await comfyui.act(training_id, "lie", fields={"gpu_hours_used": 3.0})
+    await comfyui.act(training_id, "finish")
+    await patient_platform.pass_time(handle, 301)
+    ending = await ended(patient_platform, handle)
+    charged, missing = (120, 0) if balance == 1_000 else (0, 120)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, charged)
+    assert ending.result["credits"]["shortfall"] == missing
+    assert ending.exceptions == (["shortfall"] if missing else [])
 
 
 async def has_amount(platform: Platform, handle: Handle, amount: int) -> bool:
