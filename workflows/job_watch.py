@@ -27,6 +27,7 @@ from workflows.task_record import TaskRecord
 from workflows.tick_watch import TickWatch
 
 LOST_AFTER: Final = timedelta(seconds=10)
+KNOWN_AGAIN: Final = "a-job-that-is-known-again-is-not-half-lost"
 MAX_BEGUN: Final = 4
 """The current job, one whose id is not known yet, and strangers."""
 
@@ -220,8 +221,9 @@ class JobWatch:
     def _poll_due(self) -> datetime | None:
         if self._poll is not None or self.state.last_news_at is None:
             return None
-        if self.state.unknown_since is not None:
-            return self.state.unknown_since + LOST_AFTER
+        confirms_loss_at = self._confirms_loss_at()
+        if confirms_loss_at is not None:
+            return confirms_loss_at
         silence = self.state.silence_seconds or self._limits.poll_after_seconds
         since = self.state.last_news_at
         expected = self.state.newest.next_eta if self.state.newest else None
@@ -229,6 +231,13 @@ class JobWatch:
             until_expected = (expected - since).total_seconds()
             silence = min(max(silence, until_expected), max(silence, self._limits.policy.poll_at_most_seconds))
         return since + timedelta(seconds=silence)
+
+    def _confirms_loss_at(self) -> datetime | None:
+        """When to ask again after a 404. After that poll, whatever it brings, the pauses are as usual."""
+        if self.state.unknown_since is None or self.state.last_news_at is None:
+            return None
+        again = self.state.unknown_since + LOST_AFTER
+        return again if self.state.last_news_at < again or not workflow.patched(KNOWN_AGAIN) else None
 
     def check(self) -> None:
         """Ask ComfyUI where it has been silent for too long, and the store has heard nothing either."""
@@ -277,6 +286,8 @@ class JobWatch:
         self.state.unreadable, self.state.unreadable_since = "", None
         self._silent_again()
         if answer.reply is not None:
+            if self.state.unknown_since is not None and workflow.patched(KNOWN_AGAIN):
+                self.state.unknown_since = None
             self._apply(self._routes.update_from_state(answer.reply))
         elif answer.refusal is not None and answer.refusal.code is FailureCode.LOST:
             self._unknown()

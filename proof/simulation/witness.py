@@ -31,6 +31,7 @@ class Report:
 
     at: float
     state: State
+    is_polled: bool = False
 
     @property
     def error(self) -> ErrorDetails | None:
@@ -124,12 +125,12 @@ class Witness:
         elif call.name in GETS and call.cancel_asked_at is None:
             assert isinstance(call.argument, JobCall)
             if answer.reply is not None:
-                self._report(answer.reply, at)
+                self._report(answer.reply, at, is_polled=True)
             elif answer.refusal is not None:
                 self.unknown_at[call.argument.job_id].append(at)
 
-    def _report(self, state: State, at: float) -> None:
-        self.reports[id_of(state)].append(Report(at, state))
+    def _report(self, state: State, at: float, *, is_polled: bool = False) -> None:
+        self.reports[id_of(state)].append(Report(at, state, is_polled))
 
     # Conclusions
 
@@ -154,14 +155,18 @@ class Witness:
         return _new(reports if lost_at is None else [report for report in reports if report.at < lost_at])
 
     def lost_at(self, job_id: str | None) -> float | None:
-        """When the server had said twice, and far enough apart, that it does not know the job."""
+        """When the server had said twice, and far enough apart, that it does not know the job.
+
+        An answer in between shows that it knows the job, also one without news; so does a callback with news.
+        """
         unknown = self.unknown_at.get(job_id or "")
         if not unknown:
             return None
         since: float | None = None
-        new = _new(self.reports.get(job_id or "", []))
+        reports = self.reports.get(job_id or "", [])
+        known = [report.at for report in [*_new(reports), *(report for report in reports if report.is_polled)]]
         for at in unknown:
-            if since is None or any(since < report.at <= at for report in new):
+            if since is None or any(since < known_at <= at for known_at in known):
                 since = at
             elif at - since >= LOST_AFTER:
                 return at

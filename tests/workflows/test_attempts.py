@@ -228,6 +228,29 @@ async def test_a_job_that_is_unknown_only_once_goes_on(slow_platform: Platform) 
     assert [seen.status for seen in await comfyui.requests_seen("get_job", task_id_of(handle))][:2] == [404, 200]
 
 
+async def test_a_job_without_news_that_was_unknown_once_is_polled_with_pauses(slow_platform: Platform) -> None:
+    """Its answers show nothing new: it was polled without a pause from then on, and one more 404 lost it."""
+    slow_platform.policy = {"poll_after_seconds": 30.0, "poll_at_most_seconds": 30.0}
+    comfyui = slow_platform.simulators.admin.comfyui
+    body = {"detail": {"code": "40401", "message": "job_not_found"}}
+    await comfyui.fault("callback_withhold", times=None)
+    handle = await slow_platform.start_waiting_image()
+    same = {"sequence": 0, "next_eta": None, "estimated_time": 60}
+    await comfyui.fault("alter", route="get_job", times=None, fields=same)
+    for nth, seconds in enumerate((31, 31, 11, 31, 31, 31, 11), start=1):
+        if nth in (2, 6):
+            await comfyui.fault("answer", route="get_job", status=404, body=body)
+        await slow_platform.pass_time(handle, seconds)
+        await slow_platform.until_settled(handle)
+
+    statuses = [seen.status for seen in await comfyui.requests_seen("get_job", task_id_of(handle))]
+    assert statuses == [200, 404, 200, 200, 200, 404, 200], "seven polls in three minutes"
+    await comfyui.remove_faults()
+    await comfyui.act((await slow_platform.job(handle)).run_id, "finish")
+    ending = await ended(slow_platform, handle)
+    assert (ending.status, ending.result["attempts"]) == (TaskStatus.COMPLETED, 1)
+
+
 # Work without a result is no success
 
 

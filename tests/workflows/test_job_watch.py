@@ -526,6 +526,42 @@ def test_a_message_in_between_shows_that_the_job_is_known(watched: Watched) -> N
     assert watched.watch.newest is not None and not watched.watch.newest.is_final
 
 
+def test_an_answer_without_news_in_between_shows_that_the_job_is_known(watched: Watched) -> None:
+    watched.receive(said(3))
+    watched.answered(Answer(refusal=UNKNOWN))
+    watched.answered(Answer(reply=state(3)))
+    assert watched.due_in() == 120.0, "as after any answer without news"
+
+    watched.answered(Answer(refusal=UNKNOWN))
+    assert watched.watch.newest is not None and not watched.watch.newest.is_final
+    watched.answered(Answer(refusal=UNKNOWN))
+    assert watched.watch.newest.is_final
+
+
+@pytest.mark.parametrize("answer", ["unreadable", "refused"])
+def test_what_is_no_second_404_is_repeated_with_the_usual_pauses(watched: Watched, answer: str) -> None:
+    refused = UNKNOWN.model_copy(update={"code": FailureCode.NOT_AUTHORIZED})
+    watched.answered(Answer(refusal=UNKNOWN))
+    pauses = list[float | None]()
+    for _ in range(3):
+        pauses.append(watched.due_in())
+        watched.answered(UNREADABLE if answer == "unreadable" else Answer(refusal=refused))
+    assert pauses == [10.0, 120.0, 120.0]
+
+    watched.answered(Answer(refusal=UNKNOWN))
+    assert watched.watch.newest is not None and watched.watch.newest.is_final, "nothing shows that it is known"
+
+
+def test_a_last_poll_soon_after_a_404_does_not_put_the_second_look_off(watched: Watched) -> None:
+    watched.answered(Answer(refusal=UNKNOWN))
+    watched.pass_seconds(4)
+    watched.watch._ask()
+    watched.polls.all[-1].answer = Answer(refusal=UNKNOWN)
+    watched.watch.read()
+    assert watched.watch.newest is None
+    assert watched.due_in() == 6.0
+
+
 def test_another_refusal_is_no_loss(watched: Watched) -> None:
     for _ in range(2):
         watched.answered(Answer(refusal=UNKNOWN.model_copy(update={"code": FailureCode.NOT_AUTHORIZED})))
