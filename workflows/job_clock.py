@@ -17,6 +17,7 @@ from workflows.failures import TaskFailed
 from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord
 
+LONGEST_SPAN: Final = "cap-of-the-longest-span"
 LAST_ANSWER_WITHIN: Final = timedelta(seconds=10)
 """How long a timeout waits for the answer to a last poll."""
 
@@ -67,13 +68,15 @@ class JobClock:
         return self._state
 
     def estimated(self, minutes: float | None) -> None:
-        """ComfyUI's estimate: the latest one counts, the first one fixes the cap."""
+        """ComfyUI's estimate: the latest one counts for the deadline, the longest one for the cap."""
         if minutes is None:
             return
         self._state.estimated_time = minutes
         self._record.estimated(minutes)
         if self._state.first_span_minutes is None:
             self._state.first_span_minutes = self._span_minutes()
+        if self._span_minutes() > self._longest_span_minutes() and workflow.patched(LONGEST_SPAN):
+            self._state.longest_span_minutes = self._span_minutes()
 
     def start(self) -> datetime:
         """An attempt is submitted (an image) or started (a training): now."""
@@ -140,11 +143,14 @@ class JobClock:
         eta = self._state.estimated_time if self._state.estimated_time is not None else self._default_eta_minutes
         return self._limits.deadline_factor * eta
 
+    def _longest_span_minutes(self) -> float:
+        """The longest span so far; in a run that an earlier release began, perhaps the first one."""
+        return self._state.longest_span_minutes or self._state.first_span_minutes or self._span_minutes()
+
     def _cap(self) -> datetime:
-        first_span = self._state.first_span_minutes or self._span_minutes()
         queued = timedelta(seconds=self._state.queued_seconds) + self._queued()
         start = workflow.now() if self._state.first_start is None else self._state.first_start + queued
-        return minutes_from(start, min(2 * first_span, self._limits.policy.cap_minutes))
+        return minutes_from(start, min(2 * self._longest_span_minutes(), self._limits.policy.cap_minutes))
 
     # A concern of the follow loop
 

@@ -120,6 +120,8 @@ class ClockState(OwnModel):
     queued_seconds: float = 0.0
     """How long earlier attempts waited in the queue."""
     first_span_minutes: float | None = None
+    longest_span_minutes: float | None = None
+    """The longest span of all estimates. None where none was longer than the first."""
     estimated_time: float | None = None
     queued_since: Instant | None = None
     sla_told: bool = False

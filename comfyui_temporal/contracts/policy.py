@@ -27,7 +27,7 @@ class Policy(OwnModel):
     poll_at_most_seconds: float = Field(gt=0)
     deadline_factor: float = Field(gt=0)
     cap_minutes: float = Field(gt=0)
-    """A task's whole time is capped at twice its first announced time, and at most this."""
+    """A task's whole time is capped at twice the longest span (factor × announced time), and at most this."""
     ceiling_factor: float = Field(default=2.0, ge=1)
     """Default `max_credits` of an image: this factor times the table's price."""
     confirm_within_seconds: float = Field(default=CONFIRM_WITHIN_SECONDS, gt=0)

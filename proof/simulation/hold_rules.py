@@ -210,11 +210,17 @@ class HoldRules:
         if not accepted:
             spans.add(SCENES[scenario.task.scene].eta_minutes[scenario.task.priority])
         factor, cap = self._factor, scenario.policy.cap_minutes
-        first_span = factor * (accepted[0] if accepted else max(spans))
+        longest_span = factor * max([*self._estimates(), *accepted], default=max(spans))
         queued = sum(self._queued_in(n, at) for n in witness.attempts)
-        capped = (first_start or at) + queued + 60 * min(2 * first_span, cap)
+        capped = (first_start or at) + queued + 60 * min(2 * longest_span, cap)
         starts = [start or at, at] if self._world.jobs.has_failed(current.job_id) else [start or at]
         return [min(start + 60 * factor * span, capped) for start in starts for span in spans]
+
+    def _estimates(self) -> list[float]:
+        """Every `estimated_time` that counts, of all jobs."""
+        witness = self._world.witness
+        reports = [report for attempt in witness.attempts.values() for report in witness.reports_of(attempt.job_id)]
+        return [minutes for report in reports if (minutes := report.state.estimated_time) is not None]
 
     def begun_of(self, n: int, at: float) -> float | None:
         """Since when an attempt's job is at work; while it is queued: now. None before the attempt's start."""

@@ -57,6 +57,7 @@ class Clock:
         self.now = NOON
         self.record = FakeRecord()
         patch.setattr(workflow, "now", lambda: self.now)
+        patch.setattr(workflow, "patched", lambda _: True)
         self.begun: datetime | None = None
         self.unreadable = ""
         self.job = JobClock(
@@ -120,7 +121,7 @@ def test_a_deadline_never_counts_the_queue(monkeypatch: pytest.MonkeyPatch) -> N
     assert clock.job.latest() == clock.job.deadline()
     assert clock.job.deadline_is_fixed()
     clock.job.estimated(20.0)
-    assert clock.in_minutes(clock.job.deadline()) == 160.0, "the cap is twice the first span: it counts from there too"
+    assert clock.in_minutes(clock.job.deadline()) == 160.0, "the cap counts from there too"
 
 
 def test_the_queue_of_a_later_attempt_does_not_count_either(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,16 +186,37 @@ def test_no_deadline_of_an_earlier_attempt_outlives_it(monkeypatch: pytest.Monke
     assert clock.in_minutes(clock.job.deadline()) == 10 + 30.0
 
 
-def test_the_whole_task_has_twice_its_first_span_from_its_first_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_task_has_twice_its_longest_span_from_its_first_start(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     clock.start()
     clock.job.estimated(10.0)
     clock.pass_minutes(50)
     clock.start()
+    assert clock.in_minutes(clock.job.deadline()) == 60.0
+    assert clock.in_minutes(clock.job.left_for_retry()) == 60.0
+
+    clock.job.estimated(40.0)
+    assert clock.in_minutes(clock.job.deadline()) == 50.0 + 120.0
+    assert clock.in_minutes(clock.job.left_for_retry()) == 240.0
+
+    clock.job.estimated(5.0)
+    assert clock.in_minutes(clock.job.deadline()) == 50.0 + 15.0
+    assert clock.in_minutes(clock.job.left_for_retry()) == 240.0, "the longest span counts, not the latest"
+
+    clock.job.estimated(500.0)
+    assert clock.in_minutes(clock.job.left_for_retry()) == 600.0, "and never more than the policy's cap"
+    assert clock.in_minutes(clock.job.deadline()) == 600.0
+
+
+def test_a_run_of_an_earlier_release_keeps_twice_its_first_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(workflow, "patched", lambda _: False)
+    clock.start()
+    clock.job.estimated(10.0)
     clock.job.estimated(100.0)
 
     assert clock.in_minutes(clock.job.deadline()) == 60.0
-    assert clock.in_minutes(clock.job.left_for_retry()) == 60.0
+    assert clock.job.carry().longest_span_minutes is None
 
 
 def test_the_cap_of_the_policy_is_never_passed(monkeypatch: pytest.MonkeyPatch) -> None:
