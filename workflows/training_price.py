@@ -136,7 +136,8 @@ class TrainingPrice:
         confirm_by = workflow.now() + timedelta(seconds=self._limits.confirm_within_seconds)
         for limit in (not_after, self._waits.latest() if self._waits.keeps_hold() else None):
             confirm_by = min(confirm_by, limit or confirm_by)
-        self._request_confirmation(cost, confirm_by, quote.estimate)
+        message = f"The training costs {cost} points; it waits for confirm_price. {self._dataset_summary}".rstrip()
+        self._request_confirmation(cost, message, confirm_by=confirm_by, estimate=quote.estimate)
         is_confirmed = await self._waits.until(
             lambda: self.state.ceiling >= cost, at=confirm_by, summary="3 wait: the payer confirms"
         )
@@ -148,7 +149,9 @@ class TrainingPrice:
         self._record.confirming(None)
         return cost
 
-    def _request_confirmation(self, cost: int, confirm_by: datetime, estimate: Estimate | None) -> None:
+    def _request_confirmation(
+        self, cost: int, message: str, *, confirm_by: datetime | None = None, estimate: Estimate | None = None
+    ) -> None:
         confirmation = Confirmation(
             estimated_cost=cost,
             options=self._options(cost, estimate),
@@ -161,7 +164,7 @@ class TrainingPrice:
             f"confirm:{self._record.state.attempts}:{cost}",
             EventType.CREDITS,
             confirmation=confirmation,
-            message=f"The training costs {cost} points; it waits for confirm_price. {self._dataset_summary}".rstrip(),
+            message=message,
         )
 
     def _options(self, cost: int, estimate: Estimate | None) -> list[PriceOption]:
@@ -238,7 +241,9 @@ class TrainingPrice:
         confirmation = self._record.state.confirmation
         if confirmation is None or confirmation.estimated_cost != price:
             self._request_confirmation(
-                price, workflow.now() + timedelta(seconds=self._limits.confirm_within_seconds), None
+                price,
+                f"The training now costs {price} points, and {self.state.ceiling} are confirmed. It runs on; unless "
+                "the price is confirmed it stops at its next checkpoint.",
             )
 
     def _answered(self) -> None:

@@ -325,7 +325,8 @@ def _read(model: type[Model], answer: httpx.Response | str) -> Model:
 def _reached(view: TaskView) -> Reached:
     if view.status.is_end():
         return Reached.ENDED
-    return Reached.HELD if view.confirmation is None else Reached.CONFIRMATION
+    is_waiting = view.confirmation is not None and view.confirmation.confirm_by is not None
+    return Reached.CONFIRMATION if is_waiting else Reached.HELD
 
 
 def _summary(view: TaskView) -> TaskSummary:

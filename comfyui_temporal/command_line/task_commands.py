@@ -214,7 +214,8 @@ def confirm(
             print_json({"task_id": known_id, "max_credits": in_force})
         else:
             is_short = wanted is not None and wanted.estimated_cost > in_force
-            more = f"It costs {wanted.estimated_cost}, so the task keeps waiting." if wanted and is_short else ""
+            keeps = "keeps waiting" if wanted and wanted.confirm_by else "stops at its next checkpoint"
+            more = f"It costs {wanted.estimated_cost}, so the task {keeps}." if wanted and is_short else ""
             goes_on = more or "The training goes on."
             Console().print(f"Task {known_id} may cost up to {in_force} points. {goes_on}", highlight=False)
         return ExitCode.COMPLETED

@@ -51,11 +51,12 @@ def eta_of(progress: TrainingProgress, now: datetime | None = None) -> str:
 
 
 def confirmation_of(task_id: str, wanted: Confirmation) -> str:
-    """The price that a training waits to have confirmed, and the command that confirms it."""
+    """The price that a training needs to have confirmed, and the command that confirms it."""
     balance = f", balance {wanted.current_balance}" if wanted.current_balance is not None else ""
     topup = f", top up {wanted.suggest_topup}" if wanted.suggest_topup else ""
+    by = f"by {wanted.confirm_by:%H:%M:%S %Z}" if wanted.confirm_by else "before its next checkpoint, where it stops,"
     return (
-        f"costs {wanted.estimated_cost} points{balance}{topup}: confirm by {wanted.confirm_by:%H:%M:%S %Z} with "
+        f"costs {wanted.estimated_cost} points{balance}{topup}: confirm {by} with "
         f"`comfyui-tasks confirm {task_id} --max-credits {wanted.estimated_cost}`"
     )
 
@@ -119,7 +120,7 @@ class Bar:
 
     def progressed(self, progress: TrainingProgress) -> None:
         wanted = progress.confirmation
-        stage = "price open" if wanted else printable(progress.stage or progress.status.value)
+        stage = "price open" if wanted and wanted.confirm_by else printable(progress.stage or progress.status.value)
         self._bars.update(self._row, completed=progress.progress, stage=stage, state=progress)
         self._print_once(f"{self._task_id} {confirmation_of(self._task_id, wanted)}" if wanted else None)
 

@@ -369,13 +369,16 @@ class ImageProgress(OwnModel):
 
 
 class Confirmation(OwnModel):
-    """The price that a training waits to have confirmed, in points, and the time until which it waits."""
+    """The price of a training that is to be confirmed, in points, and the time until which the training waits for that.
+
+    Without `confirm_by` it does not wait: it runs on, and stops at its next checkpoint unless the price is confirmed.
+    """
 
     estimated_cost: int
     options: list[PriceOption] = []
     current_balance: int | None = None
     suggest_topup: int | None = None
-    confirm_by: Instant
+    confirm_by: Instant | None = None
 
 
 class TrainingProgress(ImageProgress):

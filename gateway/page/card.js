@@ -223,7 +223,8 @@ export class Card {
     const text = element("p");
     group.append(text, element("label", {}, `${say("confirm.limit")} `, field), confirm);
     return ({ estimated_cost: n, current_balance: balance, confirm_by }) => {
-      text.textContent = say(balance === null ? "confirm.price" : "confirm.price.balance", { n, balance, time: clock(confirm_by) });
+      const price = balance === null ? "confirm.price" : "confirm.price.balance";
+      text.textContent = confirm_by ? say(price, { n, balance, time: clock(confirm_by) }) : say("confirm.running", { n });
       if (!field.value || Number(field.value) < n) field.value = n;
     };
   }
@@ -281,7 +282,7 @@ export class Card {
   }
 
   #stage() {
-    if (this.needsYou) return say("stage.confirm");
+    if (this.needsYou && this.task.confirmation.confirm_by) return say("stage.confirm");
     return say(this.task.stage ? `stage.${this.task.stage}` : "stage.none");
   }
 

@@ -133,6 +133,7 @@ export default {
 
   "confirm.price": "The price is {n} points. Confirm it by {time}.",
   "confirm.price.balance": "The price is {n} points, the balance is {balance}. Confirm it by {time}.",
+  "confirm.running": "The price has risen to {n} points. Unless you confirm it, the training stops at its next checkpoint.",
   "confirm.limit": "Limit in points",
   "confirm": "Confirm",
   "confirm.task": "Confirm the price of {task}",

@@ -133,6 +133,7 @@ export default {
 
   "confirm.price": "价格为 {n} 积分。请在 {time} 前确认。",
   "confirm.price.balance": "价格为 {n} 积分，余额为 {balance}。请在 {time} 前确认。",
+  "confirm.running": "价格已升至 {n} 积分。如不确认，训练将在下一个检查点停止。",
   "confirm.limit": "积分上限",
   "confirm": "确认",
   "confirm.task": "确认 {task} 的价格",

@@ -59,6 +59,14 @@ def test_a_price_to_confirm_is_shown_with_its_command(is_terminal: bool) -> None
     assert "comfyui-tasks confirm t1 --max-credits 180" in screen
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_price_that_rose_while_it_runs_names_its_next_checkpoint_and_no_time(is_terminal: bool) -> None:
+    wanted = Confirmation(estimated_cost=360)
+    screen = shown(progress(stage="training", confirmation=wanted), is_terminal=is_terminal)
+    assert "costs 360 points: confirm before its next checkpoint, where it stops, with" in " ".join(screen.split())
+    assert "price open" not in screen
+
+
 def test_plain_lines_show_each_stage_and_each_ten_percent_once() -> None:
     states = [progress(stage="training", progress=percent / 2) for percent in range(0, 50)]
     lines = shown(*states, progress(stage="evaluating"), is_terminal=False).splitlines()

@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 from playwright.async_api import Browser, expect
 
+from comfyui_temporal.contracts.tasks import Confirmation
 from store import StoredInput
 from tests.conftest import unique
 from tests.page.conftest import Watched, opened
@@ -50,6 +51,22 @@ async def test_a_price_that_waits_stands_on_top_until_it_is_confirmed(browser: B
         names = await page.locator("#list article").evaluate_all("all => all.map(one => one.ariaLabel)")
         assert names.index(task_id) > names.index(task_id_of(later))
         await expect(listed.locator(".status")).to_have_text("completed", timeout=25_000)
+
+
+async def test_a_price_that_rose_while_it_runs_is_wanted_before_the_next_checkpoint(
+    browser: Browser, watched: Watched
+) -> None:
+    tenant = unique("tenant")
+    [task_id] = await stored_tasks(watched, tenant, 1)
+    state = {"stage": "training", "confirmation": Confirmation(estimated_cost=360)}
+    await watched.platform.store.write(write_of(task_id, version=2, **state))
+    async with opened(browser, watched, fragment=f"#token={token_of(tenant)}") as seen:
+        card = seen.page.get_by_role("region", name="Needs you").get_by_role("article", name=task_id)
+        sentence = (
+            "The price has risen to 360 points. Unless you confirm it, the training stops at its next checkpoint."
+        )
+        await expect(card.locator(".confirm p")).to_have_text(sentence, timeout=10_000)
+        await expect(card.locator(".now")).not_to_contain_text("Waiting for your confirmation")
 
 
 async def test_tasks_are_searched_filtered_and_paged(browser: Browser, watched: Watched) -> None:

@@ -199,9 +199,16 @@ async def test_a_price_that_rises_again_replaces_the_one_to_confirm(quick_platfo
 async def test_an_unconfirmed_price_stops_the_training_at_its_next_checkpoint(quick_platform: Platform) -> None:
     handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
     await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
-    await until_price_shown(quick_platform, handle, 360)
+    shown = await until_price_shown(quick_platform, handle, 360)
+    assert shown["confirm_by"] is None, "it waits for nobody: it stops at its next checkpoint, whenever that is"
     await act(quick_platform, handle, "resume")
     ending = await ended(quick_platform, handle)
+    [asked] = [event for event in ending.events if event.confirmation]
+    assert asked.confirmation is not None and asked.confirmation.confirm_by is None
+    assert asked.message == (
+        "The training now costs 360 points, and 200 are confirmed. It runs on; unless the price is confirmed it stops "
+        "at its next checkpoint."
+    )
     assert ending.code == "price_not_confirmed"
     assert sum(kind.startswith("task.checkpoint") for kind in ending.kinds) == 2
 
