@@ -39,9 +39,10 @@ class Window:
             await self._waits.until(lambda: workflow.now() >= opens, at=opens, summary="0 wait: the window opens")
 
 
-async def check_gpus(outside: OutsideCall, gpu_type: str | None) -> None:
+async def check_gpus(outside: OutsideCall, gpu_type: str | None) -> bool:
     """Raise TaskFailed `gpu_unavailable` where ComfyUI has no GPU of this type; that none is free is no failure.
 
+    False where the server has no such route, and nothing is known of its GPUs.
     Raises as `OutsideCall.read` too, and TaskFailed with the code of a refusal.
     """
     answer = await outside.read(
@@ -52,10 +53,11 @@ async def check_gpus(outside: OutsideCall, gpu_type: str | None) -> None:
     if answer.refusal is not None:
         raise TaskFailed.by_refusal(answer.refusal)
     if answer.reply is None:
-        return  # the server has no such route
+        return False
     wanted = [pool for pool in answer.reply if gpu_type in (None, pool.gpu_type)]
     if not any(pool.total > 0 for pool in wanted):
         raise TaskFailed(
             FailureCode.GPU_UNAVAILABLE,
             f"ComfyUI has no GPU of type {gpu_type}." if gpu_type else "ComfyUI has no GPU.",
         )
+    return True

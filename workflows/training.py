@@ -8,6 +8,7 @@ from activities.comfyui import ComfyUIActivities
 from comfyui_temporal.contracts.calls import JobCall
 from comfyui_temporal.contracts.comfyui import TrainingAccepted
 from comfyui_temporal.contracts.continuation import Continuation, JobUpdate, TrainingRun
+from comfyui_temporal.contracts.errors import ExceptionCode
 from comfyui_temporal.contracts.tasks import (
     CONFIRM_SIGNAL,
     ConfirmPrice,
@@ -75,7 +76,8 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         self.price.check_base_model()
         self.dataset.check_addresses(self.policy)
         await self.window.opens()  # row 0
-        await check_gpus(self.outside, self.task.gpu_type)  # row 0
+        if not await check_gpus(self.outside, self.task.gpu_type):  # row 0
+            self.record_missing("gpus", "ComfyUI does not list its GPUs: none was looked for before the training.")
         await self.price.check_balance()  # row 0: price check
         self.record.dataset_copied(await self.dataset.snapshot())  # row 0
         return await self.attempt()
@@ -112,7 +114,14 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
         answer = await self.outside.setup(ComfyUIActivities.start_training, call, summary="3 start")
         if answer.refusal is not None:
             raise TaskFailed.by_refusal(answer.refusal)
+        if answer.not_offered:
+            self.record_missing("start", "ComfyUI has no start route: a training begins by itself.")
         self.watch.started(start)
+
+    def record_missing(self, route: str, message: str) -> None:
+        """Record a route that the server does not offer; the store keeps one record of each (contract §2)."""
+        if workflow.patched("each-missing-route-recorded"):
+            self.record.record_exception(f"route_not_offered:{route}", ExceptionCode.ROUTE_NOT_OFFERED, message)
 
     @workflow.signal(name=CONFIRM_SIGNAL)
     @any_payload

@@ -23,6 +23,8 @@ from proof.simulation.witness import CANCELS, Attempt, Report, key_of, number_of
 SLACK: Final = 0.01
 SURELY: Final = 150.0
 """Seconds within which a waiting run has surely been activated: longer than a task is slow or a worker away."""
+OTHER_ROUTES: Final = {"route_not_offered:start": {"start_training"}, "route_not_offered:gpus": {"list_gpus"}}
+"""Key of a record → the calls of the route that it names; any other names a cancel."""
 _UNSEEN: Final = {"accepted", "settled", "end", "queue_sla", "difference", "left_out"}
 
 
@@ -221,7 +223,7 @@ class RecordRules:
             ExceptionCode.COST_ABOVE_HOLD: self._is_above_hold,
             ExceptionCode.SHORTFALL: lambda: self._settlement.shortfall > 0,
             ExceptionCode.SETTLEMENT_UNKNOWN: lambda: self._world.is_completed or self._was_not_given_back(),
-            ExceptionCode.ROUTE_NOT_OFFERED: self._lacks_route,
+            ExceptionCode.ROUTE_NOT_OFFERED: lambda: self._may_lack_route(exception.key),
             ExceptionCode.UNCOVERED: lambda: self._was_uncovered(at),
             ExceptionCode.QUEUE_SLA_MISSED: lambda: self._was_queued_until(at),
             ExceptionCode.HOLD_LEFT_TO_EXPIRY: lambda: self._was_not_given_back() or self._is_cancel_refused(),
@@ -290,9 +292,15 @@ class RecordRules:
         asked = work.state.actual_cost if work.state.actual_cost is not None else work.price
         return asked > self._settlement.usable
 
-    def _lacks_route(self) -> bool:
-        calls = [call for name in CANCELS for call in self._world.witness.calls.get(name, ())]
+    def _lacks_route(self, key: str) -> bool:
+        """Whether the run received an answer that shows it."""
+        calls = [call for name in OTHER_ROUTES.get(key, CANCELS) for call in self._world.witness.calls.get(name, ())]
         return any(isinstance(call.outcome, Answer) and call.outcome.not_offered and call.resolved_at for call in calls)
+
+    def _may_lack_route(self, key: str) -> bool:
+        """What a lost workflow task was answered may be recorded too: such a call is in no history."""
+        is_lacking = bool(self._world.scenario.comfyui.not_offered)
+        return is_lacking if key in OTHER_ROUTES else self._lacks_route(key)
 
     def _was_uncovered(self, at: float) -> bool:
         """A second hold was refused while the old one was open, or came when the old one had ended."""
@@ -317,10 +325,13 @@ class RecordRules:
             key = f"prices_differ:{attempt.n}"
             is_needed = self._are_different(key, self._prices.stated)
             must(not is_needed or (key, ExceptionCode.PRICES_DIFFER) in recorded, "never recorded:", key)
+        for key in OTHER_ROUTES:
+            is_recorded = (key, ExceptionCode.ROUTE_NOT_OFFERED) in recorded
+            must(is_recorded or not self._lacks_route(key), "never recorded:", key)
         needed = {
             ExceptionCode.COST_ABOVE_HOLD: self._world.is_completed and self._is_above_hold(),
             ExceptionCode.SHORTFALL: self._settlement.shortfall > 0 and not self._settlement.is_unknown,
-            ExceptionCode.ROUTE_NOT_OFFERED: self._lacks_route(),
+            ExceptionCode.ROUTE_NOT_OFFERED: self._lacks_route("cancel"),
             ExceptionCode.UNCOVERED: self._gave_up_before_the_next(),
             ExceptionCode.QUEUE_SLA_MISSED: self._was_queued_for_long(ended_at),
         }

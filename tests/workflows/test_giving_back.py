@@ -307,6 +307,8 @@ async def test_services_without_any_of_our_routes_deliver_and_charge(quick_platf
     task = payer.image() if scene == "image" else payer.training()
     ending = await ended(quick_platform, await quick_platform.start(task))
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, HD if scene == "image" else 120)
+    missing = ["route_not_offered:gpus", "route_not_offered:start"] if scene == "training" else []
+    assert sorted(record.key for record in ending.records) == missing
 
 
 async def test_a_job_that_cannot_be_cancelled_runs_out_and_costs_nothing(quick_platform: Platform) -> None:

@@ -391,7 +391,12 @@ async def test_a_server_without_start_begins_by_itself(quick_platform: Platform)
     await comfyui.fault("not_offered", route="start_training", tenant_id=payer.tenant_id, times=None)
     handle = await quick_platform.start(payer.training())
     ending = await ended(quick_platform, handle)
-    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, PRICE, [])
+    assert (ending.status, ending.charged, ending.exceptions) == (
+        TaskStatus.COMPLETED,
+        PRICE,
+        ["route_not_offered"],
+    )
+    assert [record.key for record in ending.records] == ["route_not_offered:start"]
     [request] = await comfyui.requests_seen("start_training", task_id_of(handle))
     assert (request.status, request.outcome) == (404, "not_acted")
 
