@@ -149,10 +149,10 @@ class TaskFlow(Generic[Run, Result]):
         if not self.limits.is_known:
             try:
                 claimed = await self.record.claim()
-            except ApplicationError:
+            except (TaskFailed, ApplicationError) as error:
                 self.stop.close()
                 await workflow.wait_condition(workflow.all_handlers_finished)
-                raise
+                raise self._failure(error) if isinstance(error, TaskFailed) else error from None
             self.limits.claimed(claimed.policy)
             self.models = claimed.models
         self.undo.push("cancel job", self.attempts.cancel_all)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from temporalio import workflow
 from temporalio.common import SearchAttributeKey, SearchAttributePair, SearchAttributeUpdate
-from temporalio.exceptions import ApplicationError, FailureError
+from temporalio.exceptions import FailureError
 
 from activities.task_store import TaskStoreActivities
 from comfyui_temporal.contracts.comfyui import SnapshotReference, TrainingOutput
@@ -77,7 +77,7 @@ class TaskRecord:
 
         The answer has the task's policy, and the tenant's models that the task uses.
 
-        Raises ApplicationError `task_exists` where another run holds the id, `quota_exceeded` where one of the tenant's
+        Raises TaskFailed `task_exists` where another run holds the id, `quota_exceeded` where one of the tenant's
         limits is used up. Nothing was called then, and nothing is undone.
         """
         claim = self._claim
@@ -97,12 +97,13 @@ class TaskRecord:
         self._publish_identity(claim, outcome.input_sha256 or claim.input_sha256)
         return outcome
 
-    def _claim_refused(self, code: FailureCode, sentence: str) -> ApplicationError:
+    def _claim_refused(self, code: FailureCode, sentence: str) -> TaskFailed:
         """There is no row to publish this end in: only a start that waits gets an answer."""
+        refused = TaskFailed(code, sentence)
         self.state.status = TaskStatus.FAILED
-        self.state.error = ErrorDetails(code=code.value, message=sentence, retryable=False)
+        self.state.error = refused.error_details
         self.answers.tell()
-        return ApplicationError(sentence, type=code, non_retryable=True)
+        return refused
 
     def set_claim(self, resolution: str) -> None:
         """Keep the claim: each write sends it too, for a store that was restored and has lost the row.

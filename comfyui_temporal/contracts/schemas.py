@@ -33,14 +33,14 @@ SCHEMAS: Final[tuple[WireSchema, ...]] = (
     WireSchema("image-task", "input of `ImageGenerationWorkflow`", tasks.ImageTask),
     WireSchema(
         "image-result",
-        "its result, and a failure's details",
+        "its result, and a failure's details (none where the input could not be read)",
         tasks.ImageResult,
         "serialization",
     ),
     WireSchema("training-task", "input of `TrainingWorkflow`", tasks.TrainingTask),
     WireSchema(
         "training-result",
-        "its result, and a failure's details",
+        "its result, and a failure's details (none where the input could not be read)",
         tasks.TrainingResult,
         "serialization",
     ),

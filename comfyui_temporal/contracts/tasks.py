@@ -318,7 +318,7 @@ def with_settlement(values: Any, *, has_ended: bool) -> Any:
 
 
 class TaskResult(OwnModel):
-    """What both results share. A failed run has the same object in its failure's details."""
+    """What both results share. A failed run's details are the same object; without an input that can be read, none."""
 
     task_id: str
     status: TaskStatus

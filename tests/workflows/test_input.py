@@ -34,12 +34,20 @@ def as_text(task: Task, old: str, new: str) -> list[Any]:
 
 
 async def assert_refused(platform: Platform, handle: Handle, code: str = "input_invalid") -> str:
-    """Assert that the run failed in time with this code and without any call; its sentence."""
+    """Assert that the run failed in time with this code and without any call; its sentence.
+
+    Its details are a result, but where the input could not be read.
+    """
     with pytest.raises(WorkflowFailureError) as failed:
         await handle.result()
     cause = failed.value.cause
     assert isinstance(cause, ApplicationError)
     assert cause.type == code
+    if code == "input_invalid":
+        assert cause.details == ()
+    else:
+        [result] = cause.details
+        assert (result["status"], result["error_details"]["code"], result["credits"]["held"]) == ("failed", code, 0)
     described = await handle.describe()
     assert described.close_time is not None
     assert described.close_time - described.start_time < timedelta(seconds=MOST_SECONDS)
