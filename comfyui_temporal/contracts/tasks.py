@@ -9,12 +9,13 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, model_validator
 
 from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority, TrainingOutput
 from comfyui_temporal.contracts.credits import PriceOption
 from comfyui_temporal.contracts.errors import ErrorDetails
 from comfyui_temporal.contracts.fields import (
+    WRITTEN_BY_US,
     CallerId,
     CallerMessage,
     CallerModel,
@@ -25,6 +26,7 @@ from comfyui_temporal.contracts.fields import (
     OwnModel,
     Sha256,
     TaskPrompt,
+    check_json,
 )
 from comfyui_temporal.contracts.loras import Loras
 from comfyui_temporal.contracts.permissions import Scene
@@ -216,7 +218,10 @@ class Hyperparameters(BaseModel):
     learning_rate: Annotated[float, Field(gt=0, le=1_000)]
 
     @model_validator(mode="after")
-    def _bounded(self) -> Hyperparameters:
+    def _bounded(self, info: ValidationInfo) -> Hyperparameters:
+        if info.context != WRITTEN_BY_US:
+            for name in self.__pydantic_extra__:
+                check_json(name)
         bounded_extras(self.__pydantic_extra__)
         return self
 

@@ -119,6 +119,8 @@ BAD_TRAINING_FIELDS: dict[str, Task] = {
     "half an epoch": {"hyperparameters": {"epochs": 1.5, "batch_size": 1, "learning_rate": 0.1}},
     "no learning": {"hyperparameters": {"epochs": 1, "batch_size": 1, "learning_rate": 0}},
     "no hyperparameters": {"hyperparameters": {}},
+    "NUL in a name": {"hyperparameters": {"epochs": 1, "batch_size": 1, "learning_rate": 0.1, "a\0b": 1}},
+    "NUL in a name within": {"hyperparameters": {"epochs": 1, "batch_size": 1, "learning_rate": 0.1, "a": {"\0": 1}}},
     "a path that climbs": {
         "dataset": {"dataset_id": "faces", "source_uri": "file:///data/", "files": ["../../etc/passwd"]}
     },
