@@ -319,23 +319,25 @@ async def test_ticks_without_changes_are_not_signalled(gateway: Gateway, new_run
         tick(2, 10.9, queue_position=3, next_eta="2026-03-01T12:00:00Z"),
         tick(3, 11.0),
         tick(4, 11.0, estimated_time=3.5),
+        tick(5, 11.0, estimated_time=3.5, gpu_slots=2),
         tick(2, 99.0),
-        delivery(5),
-        delivery(5),
-        tick(6, 100.0, job_status="delivery", result_urls=[]),
+        delivery(6),
+        delivery(6),
+        tick(7, 100.0, job_status="delivery", result_urls=[]),
         tick(1, 5.0, job_id="job-2"),
     ]
 
     answers = [(await gateway.post(task_id, body)).json()["outcome"] for body in bodies]
 
     s, c = "signalled", "coalesced"
-    assert answers == [s, c, s, s, c, s, c, s, s]
+    assert answers == [s, c, s, s, s, c, s, c, s, s]
     assert [(kept["job_id"], kept["sequence"]) for kept in await kept_by(run)] == [
         ("job-1", 1),
         ("job-1", 3),
         ("job-1", 4),
         ("job-1", 5),
         ("job-1", 6),
+        ("job-1", 7),
         ("job-2", 1),
     ]
 
@@ -350,10 +352,11 @@ async def test_a_new_checkpoint_of_a_training_is_signalled(gateway: Gateway, new
         training_tick(3, checkpoint=checkpoint),
         training_tick(4, checkpoint=checkpoint, gpu_hours=2.5),
         training_tick(5, training_status="checkpointing", checkpoint=checkpoint, gpu_hours=2.5),
+        training_tick(6, training_status="checkpointing", checkpoint=checkpoint, gpu_hours=2.5, gpu_slots=2),
     ]
     for body in bodies:
         assert (await gateway.post(task_id, body)).status_code == 202
-    assert [kept["sequence"] for kept in await kept_by(run)] == [1, 3, 4, 5]
+    assert [kept["sequence"] for kept in await kept_by(run)] == [1, 3, 4, 5, 6]
 
 
 async def test_healthz_answers_ok(gateway: Gateway) -> None:
