@@ -104,13 +104,24 @@ class DatasetFolders:
 
 
 async def _below(root: str) -> list[DatasetView]:
-    """The folders directly below a root. One that does not exist has none."""
+    """The first folders directly below a root, one more than are listed. One that does not exist has none."""
     address = read_address(root)
     try:
         names = await ObjectFolder(address).folders()
     except FileNotFoundError:
         return []
-    found = []
+    names = await asyncio.to_thread(sorted, names)
+    found = list[DatasetView]()
+    for first in range(0, len(names), BATCH):
+        found += await asyncio.to_thread(_named, root, address, names[first : first + BATCH])
+        if len(found) > MAX_DATASETS:
+            break
+    return found
+
+
+def _named(root: str, address: FolderAddress, names: Sequence[str]) -> list[DatasetView]:
+    """Those of the folders that an order can name. It resolves links, so it runs in a thread."""
+    found = list[DatasetView]()
     for name in names:
         source_uri = f"{root}{quote(name)}/"
         is_long = len(source_uri.encode()) > MAX_ADDRESS_BYTES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from temporalio.testing import ActivityEnvironment
 
 from activities import dataset_list
 from activities.dataset_list import DatasetFolders, DatasetListActivities, dataset_id_of
-from activities.object_folders import ObjectFolder
+from activities.object_folders import ObjectFolder, is_inside
 from comfyui_temporal.contracts.datasets import DatasetList, DatasetQuestion
 from tests.activities.s3_bucket import BUCKET, s3
 
@@ -103,6 +104,28 @@ async def test_more_than_are_listed_or_counted_is_said(tmp_path: Path, monkeypat
     monkeypatch.setattr(dataset_list, "MAX_LIST_BYTES", 2 * (len(tmp_path.as_uri()) + 40))
     found = await folders.of("tenant-demo")
     assert 0 < len(found.datasets or []) < 3 and not found.is_whole
+
+
+async def test_many_folders_are_resolved_beside_the_event_loop_and_no_more_than_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's event loop serves all its other calls meanwhile."""
+    for number in range(30):
+        filled(tmp_path / "tenant-demo" / f"set-{number:02}")
+    resolved = list[str]()
+
+    def watched(folder: Path, path: str) -> bool:
+        assert threading.current_thread() is not threading.main_thread()
+        resolved.append(path)
+        return is_inside(folder, path)
+
+    monkeypatch.setattr(dataset_list, "is_inside", watched)
+    monkeypatch.setattr(dataset_list, "MAX_DATASETS", 3)
+    monkeypatch.setattr(dataset_list, "BATCH", 2)
+    found = await DatasetFolders([root_of(tmp_path)]).of("tenant-demo")
+    assert [each.name for each in found.datasets or []] == ["set-00", "set-01", "set-02"]
+    assert not found.is_whole
+    assert resolved == ["set-00", "set-01", "set-02", "set-03"]
 
 
 async def test_what_cannot_be_counted_in_time_is_listed_without_a_count(
