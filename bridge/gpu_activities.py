@@ -65,7 +65,7 @@ from bridge.result_copies import ResultCopies
 from bridge.server import FileParts, FileUse, PromptRefused, PromptState, Server, ServerError
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage
-from bridge.task_files import FOLDER, foreign_files, is_left_by, shown
+from bridge.task_files import FOLDER, foreign_files, is_left_by, saved_apart, shown
 from bridge.ticks import RunningJobs, Ticks
 from bridge.warm_up import WarmUps
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
@@ -303,6 +303,10 @@ class GpuActivities:
         Raises PromptRefused.
         """
         graph = needed_part(json.loads(json.dumps(run.graph.graph)), run.graph.result_nodes)
+        if run.run > 1:
+            name = f"{activity.info().workflow_run_id}:{run.run}"
+            for node in graph.values():
+                node["inputs"] = saved_apart(node["inputs"], run.job_id, name)
         if run.graph.models:
             await self._put_models(graph, run)
         for upload in run.graph.uploads:

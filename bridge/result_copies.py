@@ -10,7 +10,7 @@ from temporalio.exceptions import ApplicationError
 
 from bridge.calls import RunFailureType
 from bridge.file_types import type_of
-from bridge.orders import CopyOrder, StoredResult
+from bridge.orders import CopyOrder, FailedRun, StoredResult
 from bridge.result_files import BUNDLE, Bundle, kept, own_names, pieces, scratch_file, single_count
 from bridge.server import ResultFile, Server, ServerError
 from bridge.storage import STORAGE_ERRORS, Storage, safe_name
@@ -26,7 +26,7 @@ class ResultCopies:
         self._server_name = server_name
 
     async def copied(self, order: CopyOrder) -> list[StoredResult]:
-        """Copy a run's files. Raises ApplicationError: `prompt_lost` if they are gone, else retried."""
+        """Copy a run's files. Raises ApplicationError: `prompt_lost` if one is gone or empty, else retried."""
         try:
             if order.folder:
                 return [await self._store_as_is(order, file) for file in order.files]
@@ -34,6 +34,8 @@ class ResultCopies:
         except FileNotFoundError as error:
             raise ApplicationError(
                 f"{self._server_name} no longer has the file {error}.",
+                # It did run: a graph whose files are always empty is not tried for ever.
+                FailedRun(was_sent=True).model_dump(mode="json"),
                 type=RunFailureType.LOST.value,
                 non_retryable=True,
             ) from None
@@ -51,7 +53,7 @@ class ResultCopies:
         digest = hashlib.sha256()
         async with self._server.fetch(file) as (content_type, chunks):
             content_type = type_of(file.filename, content_type)
-            size = await self._storage.write(path, _hashed(chunks, digest), content_type)
+            size = await self._storage.write(path, _hashed(await _whole(chunks, file), digest), content_type)
         return StoredResult(path=path, content_type=content_type, size_bytes=size, sha256=digest.hexdigest())
 
     async def _store_results(self, order: CopyOrder) -> list[StoredResult]:
@@ -91,8 +93,25 @@ class ResultCopies:
                 yield "text/plain; charset=utf-8", pieces(file, is_stripped=False)
                 return
             async with self._server.fetch(source) as (content_type, chunks):
-                await kept(chunks, file)
+                await kept(await _whole(chunks, source), file)
             yield type_of(source.filename, content_type), pieces(file, is_stripped=not order.keep_metadata)
+
+
+async def _whole(chunks: AsyncIterator[bytes], file: ResultFile) -> AsyncIterator[bytes]:
+    """A file's bytes. Raises FileNotFoundError for an empty one: a file that was erased is left empty (`Server.erase`).
+
+    A run that was reset copies again what was delivered and erased; the stored file must not be replaced by nothing.
+    """
+    async for first in chunks:
+        if first:
+            return _after(first, chunks)
+    raise FileNotFoundError(file.filename)
+
+
+async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for chunk in rest:
+        yield chunk
 
 
 async def _hashed(chunks: AsyncIterator[bytes], digest: hashlib._Hash) -> AsyncIterator[bytes]:

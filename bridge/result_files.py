@@ -13,6 +13,7 @@ from urllib.parse import quote
 from bridge.file_metadata import PIECE_BYTES, without_metadata
 from bridge.server import ResultFile
 from bridge.storage import safe_name
+from bridge.task_files import AGAIN, FOLDER
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 from comfyui_temporal.contracts.size_budget import MAX_RESULT_URLS
 
@@ -58,10 +59,10 @@ def own_names(files: Iterable[ResultFile], texts: int, job_id: str) -> list[str]
 
 
 def _readable(file: ResultFile, job_id: str) -> str:
-    """`save-image_00001_.png` → `save-image-1.png`, in its own folder, without the folder that we chose."""
+    """`save-image_00001_.png` → `save-image-1.png`, in its own folder, without the folders that we chose."""
     folders = [safe_name(part) for part in file.subfolder.replace("\\", "/").split("/") if part]
-    if folders[:2] == ["comfyui-temporal", safe_name(job_id)]:
-        folders = folders[2:]
+    if folders[:2] == [FOLDER, safe_name(job_id)]:
+        folders = folders[3:] if len(folders) > 2 and AGAIN.fullmatch(folders[2]) else folders[2:]
     name = _shortened(_NUMBERED.sub(lambda found: f"-{int(found[1])}", safe_name(file.filename)))
     path = "/".join([*folders, name])
     return path if len(quote(path)) <= 2 * MAX_NAME_BYTES else name

@@ -1,7 +1,7 @@
 """Files of tasks on ComfyUI servers, and what a tenant is told of servers and of others' files.
 
     input/comfyui-temporal/{job_id}/…                  control images, datasets
-    output/comfyui-temporal/{job_id}/…                 results
+    output/comfyui-temporal/{job_id}/…                 results; `again-…/` there: of a run after the first
     output/loras/comfyui-temporal/{training_id}/…      what is trained
     output/loras/comfyui-temporal/tenant-{tenant_id}/… models that images use (lora_cache.py)
 
@@ -11,6 +11,7 @@ task and of no other, whoever wrote the name; and no text for a tenant shows an 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -30,6 +31,22 @@ _HOST: Final = re.compile(
     r"|\[[0-9a-f:]*:[0-9a-f:.]*\](?::\d{1,5})?",
     re.IGNORECASE,
 )
+
+
+AGAIN: Final = re.compile(r"again-[0-9a-f]{8}")
+"""A folder of a job's own folder: the results of one later run of it."""
+
+
+def saved_apart(inputs: Mapping[str, Any], run_id: str, run_name: str) -> dict[str, Any]:
+    """A node's inputs, so that what it saves for this run of a job is not what it saved for an earlier one.
+
+    ComfyUI does not run a node again whose inputs it has seen: it names the old file, which may be erased by now.
+    """
+    prefix, own = inputs.get("filename_prefix"), f"{FOLDER}/{run_id}/"
+    if not isinstance(prefix, str) or not prefix.startswith(own):
+        return dict(inputs)
+    folder = f"again-{hashlib.sha256(run_name.encode()).hexdigest()[:8]}"
+    return {**inputs, "filename_prefix": f"{own}{folder}/{prefix.removeprefix(own)}"}
 
 
 def is_of_a_task(name: str) -> bool:
