@@ -65,6 +65,7 @@ from bridge.result_copies import ResultCopies
 from bridge.server import FileParts, FileUse, PromptRefused, PromptState, Server, ServerError
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage
+from bridge.storage_health import StorageAway, StorageHealth
 from bridge.task_files import FOLDER, foreign_files, is_left_by, saved_apart, shown
 from bridge.ticks import RunningJobs, Ticks
 from bridge.warm_up import WarmUps
@@ -117,6 +118,7 @@ class GpuActivities:
         sender: CallbackSender | None,
         *,
         loras: LoraCache,
+        storage_health: StorageHealth,
         warm_ups: WarmUps,
         patience: Patience | None = None,
         jobs: RunningJobs | None = None,
@@ -135,7 +137,8 @@ class GpuActivities:
         self._warm_ups = warm_ups
         self._patience = patience or Patience()
         self._copying = 0
-        self._results = ResultCopies(server, storage, identity.name)
+        self._storage_health = storage_health
+        self._results = ResultCopies(server, storage, storage_health, identity.name)
         self._datasets = DatasetCopies(server, storage)
 
     @property
@@ -166,7 +169,10 @@ class GpuActivities:
 
     @activity.defn(name=RUN_GRAPH)
     async def run_graph(self, run: GraphRun) -> GraphOutcome:
-        """Run one graph to its end. Raises ApplicationError of a `RunFailureType`, not retried on this server."""
+        """Run one graph to its end. Raises ApplicationError of a `RunFailureType`, not retried on this server.
+
+        Where storage cannot be used for what the graph needs, the job is handed back.
+        """
         beat = _last_beat()
         ticks = Ticks(run, self._sender, self._jobs)
         prompt = PromptRun(
@@ -193,6 +199,10 @@ class GpuActivities:
                 log.warning("run_failed", kind=type(failure).__name__, reason=str(failure))
                 failure.error = self._shown(failure.error, run.job_id)
                 raise _moving(failure, prompt) from None
+            except StorageAway as away:
+                # The server is free meanwhile, and the job waits where its task is given time.
+                await self._stop(prompt)
+                raise _handed_back(str(away), prompt) from None
             if outcome.error is not None:
                 outcome = outcome.model_copy(update={"error": self._shown(outcome.error, run.job_id)})
             outcome = await self._with_loss(run, outcome)
@@ -300,7 +310,7 @@ class GpuActivities:
     async def _prepare(self, run: GraphRun) -> Mapping[str, Any]:
         """What the results need of the graph, with this server's models, images and checkpoint filled in.
 
-        Raises PromptRefused.
+        Raises PromptRefused, StorageAway.
         """
         graph = needed_part(json.loads(json.dumps(run.graph.graph)), run.graph.result_nodes)
         if run.run > 1:
@@ -313,9 +323,9 @@ class GpuActivities:
             if upload.node not in graph:
                 continue
             control = run.controls[upload.control]
-            graph[upload.node]["inputs"][upload.input] = await self._server.upload(
+            graph[upload.node]["inputs"][upload.input] = await self._sent(
                 control_name(upload.control, control),
-                await self._stored(control.path, "A file of the request"),
+                (control.path, "A file of the request"),
                 content_type=control.content_type,
                 folder=f"{FOLDER}/{run.job_id}",
             )
@@ -326,16 +336,25 @@ class GpuActivities:
             raise PromptRefused(ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=message))
         if run.graph.lora_inputs:
             # After that check: these files are the tenant's, of no one task, and no request can name them.
-            names = await self._loras.take(run.job_id, run.tenant_id, run.graph.loras)
+            with self._storage_health.used():
+                names = await self._loras.take(run.job_id, run.tenant_id, run.graph.loras)
             for place in run.graph.lora_inputs:
                 if place.node in graph:
                     graph[place.node]["inputs"][place.input] = names[place.lora]
         return graph
 
-    async def _stored(self, path: str, what: str) -> FileParts:
-        """A file of the bridge's storage. Raises PromptRefused where it is gone, STORAGE_ERRORS."""
+    async def _sent(
+        self, name: str, stored: tuple[str, str], *, content_type: str, folder: str, use: FileUse = FileUse.INPUT
+    ) -> str:
+        """Send a file of the bridge's storage (its path, and what it is) to the server. Returns its name there.
+
+        Raises PromptRefused where it is gone, StorageAway.
+        """
+        path, what = stored
         try:
-            return FileParts(await self._storage.size_bytes(path), self._storage.read(path))
+            with self._storage_health.used():
+                content = FileParts(await self._storage.size_bytes(path), self._storage.read(path))
+                return await self._server.upload(name, content, content_type=content_type, folder=folder, use=use)
         except FileNotFoundError:
             message = f"{what} is no longer in storage."
             raise PromptRefused(ErrorDetails(code=FailureCode.INTERNAL.value, message=message)) from None
@@ -361,9 +380,9 @@ class GpuActivities:
 
     async def _put_lora(self, graph: dict[str, Any], run: GraphRun, lora: ExistingLora) -> None:
         """Upload the checkpoint as a LoRA and name it in the graph."""
-        stored = await self._server.upload(
+        stored = await self._sent(
             lora.name,
-            await self._stored(lora.path, "The checkpoint"),
+            (lora.path, "The checkpoint"),
             content_type="application/octet-stream",
             folder=f"{FOLDER}/{run.job_id}",
             use=FileUse.LORA,
@@ -409,6 +428,13 @@ def _moving(failure: RunFailure, prompt: PromptRun) -> ApplicationError:
     failed = FailedRun(percent=prompt.percent, was_sent=prompt.was_sent, is_over=failure.is_over, error=failure.error)
     return ApplicationError(
         str(failure), failed.model_dump(mode="json"), type=_TYPES[type(failure)].value, non_retryable=True
+    )
+
+
+def _handed_back(reason: str, prompt: PromptRun) -> ApplicationError:
+    beat = FailedRun(percent=prompt.percent, was_sent=prompt.was_sent)
+    return ApplicationError(
+        reason, beat.model_dump(mode="json"), type=RunFailureType.HANDED_BACK.value, non_retryable=True
     )
 
 

@@ -47,6 +47,7 @@ from bridge.server_name import TAKEN_WAIT_SECONDS, NameTaken, demand_name, name_
 from bridge.server_reports import Reporting, ServerReports
 from bridge.slot import TAKEN_SECONDS, FreeSlots, Slot
 from bridge.storage import Storage
+from bridge.storage_health import StorageHealth
 from bridge.template_library import TemplateLibrary
 from bridge.template_queues import TemplateQueues
 from bridge.template_watch import TemplateWatch
@@ -98,6 +99,7 @@ class GpuWorker:
         taken_seconds: float = TAKEN_SECONDS,
         linger_seconds: float = LINGER_SECONDS,
         health: ServerHealth | None = None,
+        storage_health: StorageHealth | None = None,
         lora_cache_bytes: int = LORA_CACHE_BYTES,
         warm_up: Iterable[str] = (),
         warm_up_pace: WarmUpPace | None = None,
@@ -112,14 +114,15 @@ class GpuWorker:
         self.fitness = Fitness(server, templates)
         self._queues = TemplateQueues(lambda: self.fitness.fit, self._template_worker)
         self._reporting = Reporting(ServerReports(client, bridge_queue), self.report)
-        self.slot = Slot(server, self.health, taken_seconds=taken_seconds)
+        self.storage_health = storage_health or StorageHealth(storage, seen.name)
+        self.slot = Slot(server, self.health, storage_health=self.storage_health, taken_seconds=taken_seconds)
         self.warm_ups = WarmUps(
             *(server, self.slot, self.fitness, warm_up),
             waiting=lambda: self._forecast.waiting_for(seen.pool, self.fitness.fit),
             pace=warm_up_pace,
             on_change=self._reporting.changed,
         )
-        self.health.on_change = self.fitness.on_change = self._changed
+        self.health.on_change = self.fitness.on_change = self.storage_health.on_change = self._changed
         identity = ServerIdentity(seen.name, server_queue(bridge_queue, seen.name), seen.gpu_type)
         self.activities = GpuActivities(
             server,
@@ -131,6 +134,7 @@ class GpuWorker:
             patience=patience,
             jobs=RunningJobs(client),
             loras=LoraCache(server, storage, seen.name, limit_bytes=lora_cache_bytes),
+            storage_health=self.storage_health,
             warm_ups=self.warm_ups,
             are_others=self._are_others,
         )
@@ -182,7 +186,7 @@ class GpuWorker:
 
     def report(self) -> ServerReport:
         """What this server can run now, and how it is."""
-        sickness = self.health.sickness
+        sickness = self.health.sickness or self.storage_health.sickness
         return ServerReport(
             name=self._seen.name,
             identity=self._identity,
@@ -205,6 +209,8 @@ class GpuWorker:
         """What keeps this worker from taking jobs, a sentence each: for its health page."""
         if self.health.problem is not None:
             return [self.health.problem]
+        if self.storage_health.problem is not None:
+            return [self.storage_health.problem]
         queue = self._presence.task_queue
         kind = TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY
         if not await is_polling(self._client, queue, self._identity, kind):
@@ -217,7 +223,7 @@ class GpuWorker:
         with suppress(ServerError, TimeoutError):
             async with asyncio.timeout(FIRST_LOOK_SECONDS):
                 await self.fitness.refresh()
-        async with self._own, self.health.watched(), self.fitness.watched():
+        async with self._own, self.health.watched(), self.storage_health.watched(), self.fitness.watched():
             async with self._reporting.kept(), self._presence, self.warm_ups.kept(), self._pool, self._queues.polled():
                 yield
             await self._finish(grace_seconds)

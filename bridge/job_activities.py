@@ -13,7 +13,7 @@ from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
 from bridge.allowed_hosts import FileRefused, FileUnreachable
-from bridge.calls import CLEAR_UP, FETCH_CONTROLS, FETCH_MODELS, PUBLISH_MODEL, SIGN_RESULTS
+from bridge.calls import CLEAR_UP, FETCH_CONTROLS, FETCH_MODELS, PUBLISH_MODEL, SIGN_RESULTS, STORAGE_AWAY
 from bridge.control_images import ControlImages, address_of
 from bridge.lora_files import LoraFiles
 from bridge.manifest import MAX_FILES
@@ -152,7 +152,7 @@ class JobActivities:
         return ApplicationError(
             f"Object storage at {self._storage.url} cannot be used: {type(error).__name__}. It is retried; check "
             "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its free space.",
-            type=FailureCode.INTERNAL.value,
+            type=STORAGE_AWAY,
         )
 
 

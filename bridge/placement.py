@@ -71,13 +71,15 @@ CLEAN_WITHIN: Final = timedelta(minutes=10)
 CANCELLED: Final = ErrorDetails(code=FailureCode.CANCELLED.value, message="It was cancelled.", retryable=False)
 MOVED_KEYS: Final = {0: 2, 1: 1, 2: 2, 3: 2}
 """Priority keys of jobs that a server failed: before the jobs of their own priority, after higher ones."""
+_ANOTHER_SERVER: Final = "waits for another server"
 _PROMPTS: Final = uuid.UUID("6f0d5e64-3c6f-4d5e-9a43-6f2f0f3a5c11")
 _MOVING_FAILURES: Final = frozenset(RunFailureType)
 _TAKE_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10))
 _RUN_RETRY: Final = RetryPolicy(
     initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10), maximum_attempts=100
 )
-
+_COPY_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=10))
+"""Within `COPY_WITHIN`: what is to be copied has cost GPU time."""
 _CLEAN_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_attempts=3)
 _STOP_RETRY: Final = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(minutes=5))
 
@@ -127,11 +129,11 @@ class Placement:
         priority: Priority,
         *,
         is_for_some: bool,
-        on_wait: Callable[[timedelta], None],
+        on_wait: Callable[[timedelta, str], None],
     ) -> None:
         """`is_for_some`: not every server of the pool can run the template.
 
-        `on_wait` is called now and then while a job that was at work waits for another server, with how long it has.
+        `on_wait` is called now and then while a job that was at work waits: with how long it has, and for what.
         """
         self._on_wait = on_wait
         self._run_id = run_id
@@ -232,7 +234,7 @@ class Placement:
         if waits_again and self._is_handed_over and workflow.patched("checked-while-it-waits-again"):
             await self._waited_again(taking)
         elif waits_again and workflow.patched("told-while-it-waits-again"):
-            await self._waited_for(taking)
+            await self._waited_for(taking, _ANOTHER_SERVER)
         elif self.server is None and self._is_handed_over and workflow.patched("refused-where-no-server-can-run-it"):
             await self._waited_while_any_can(taking)
         taken: ServerTaken = await taking
@@ -282,7 +284,7 @@ class Placement:
                     await workflow.wait_condition(taking.done, timeout=left, timeout_summary=summary)
                     return
                 if workflow.now() >= tell_at:
-                    self._on_wait(longest)
+                    self._on_wait(longest, _ANOTHER_SERVER)
                     longest *= 2
                     tell_at = began + longest
                 if workflow.now() >= check_at:
@@ -293,8 +295,8 @@ class Placement:
             taking.cancel()
             raise
 
-    async def _waited_for(self, taking: ActivityHandle[ServerTaken]) -> None:
-        """Tell, at first after 30 s and then each time the wait has doubled, that a job that was at work waits again.
+    async def _waited_for(self, awaited: ActivityHandle[Any], what: str) -> None:
+        """Tell, at first after 30 s and then each time the wait has doubled, that a job that was at work waits.
 
         Its task's deadline runs meanwhile.
         """
@@ -303,13 +305,14 @@ class Placement:
             while True:
                 try:
                     left = began + longest - workflow.now()
-                    await workflow.wait_condition(taking.done, timeout=left, timeout_summary="tell that it still waits")
+                    summary = "tell that it still waits"
+                    await workflow.wait_condition(awaited.done, timeout=left, timeout_summary=summary)
                     return
                 except TimeoutError:
-                    self._on_wait(longest)
+                    self._on_wait(longest, what)
                     longest *= 2
         except asyncio.CancelledError:
-            taking.cancel()
+            awaited.cancel()
             raise
 
     async def _run_on(self, taken: ServerTaken, graph_run: GraphRun, on_end: Callable[[], None]) -> GraphOutcome:
@@ -339,7 +342,9 @@ class Placement:
         return outcome
 
     async def _copy(self, taken: ServerTaken, run: GraphRun, outcome: GraphOutcome, folder: str) -> list[StoredResult]:
-        stored: list[StoredResult] = await workflow.execute_activity(
+        """Store a run's results. While storage is away this is repeated, and the job says that it waits."""
+        is_told = workflow.patched("told-while-it-is-copied")
+        copying = workflow.start_activity(
             COPY_RESULTS,
             CopyOrder(
                 job_id=self._run_id,
@@ -354,10 +359,13 @@ class Placement:
             schedule_to_close_timeout=COPY_WITHIN,
             start_to_close_timeout=COPY_WITHIN,
             heartbeat_timeout=HEARTBEAT_TIMEOUT,
-            retry_policy=_RUN_RETRY,
+            retry_policy=_COPY_RETRY if is_told else _RUN_RETRY,
             priority=self._priority,
             summary=f"copy results from {taken.server}",
         )
+        if is_told:
+            await self._waited_for(copying, "waits until its results are stored")
+        stored: list[StoredResult] = await copying
         return stored
 
     def _will_leave(self, taken: ServerTaken, run: GraphRun) -> None:

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Final
 
 from temporalio.exceptions import ApplicationError
 
-from bridge.calls import RunFailureType
+from bridge.calls import STORAGE_AWAY, RunFailureType
 from bridge.file_types import type_of
 from bridge.orders import CopyOrder, FailedRun, StoredResult
 from bridge.result_files import BUNDLE, Bundle, kept, own_names, pieces, scratch_file, single_count
 from bridge.server import ResultFile, Server, ServerError
-from bridge.storage import STORAGE_ERRORS, Storage, safe_name
-from comfyui_temporal.contracts.errors import FailureCode
+from bridge.storage import Storage, safe_name
+from bridge.storage_health import StorageAway, StorageHealth
+
+SILENT_SECONDS: Final = 900.0
+"""So long a copy waits for a server that does not answer: its run is paid for with GPU time."""
 
 
 class ResultCopies:
     """Results one by one, or in a zip where there are too many; models and checkpoints as they are, with a checksum."""
 
-    def __init__(self, server: Server, storage: Storage, server_name: str) -> None:
+    def __init__(self, server: Server, storage: Storage, storage_health: StorageHealth, server_name: str) -> None:
         self._server = server
         self._storage = storage
+        self._storage_health = storage_health
         self._server_name = server_name
+        self._silent_since: dict[str, float] = {}
+        """Job → when its server was first found silent while it was copied."""
 
     async def copied(self, order: CopyOrder) -> list[StoredResult]:
         """Copy a run's files. Raises ApplicationError: `prompt_lost` if one is gone or empty, else retried."""
         try:
-            if order.folder:
-                return [await self._store_as_is(order, file) for file in order.files]
-            return await self._store_results(order)
+            with self._storage_health.used(keeps=True):
+                stored = await self._stored(order)
+            self._silent_since.pop(order.job_id, None)
+            return stored
         except FileNotFoundError as error:
             raise ApplicationError(
                 f"{self._server_name} no longer has the file {error}.",
@@ -40,13 +49,23 @@ class ResultCopies:
                 non_retryable=True,
             ) from None
         except ServerError as error:
-            raise ApplicationError(str(error), type=RunFailureType.GONE.value) from None
-        except STORAGE_ERRORS as error:
-            raise ApplicationError(
-                f"Object storage at {self._storage.url} cannot be used: {type(error).__name__}. It is retried; check "
-                "COMFYUI_TEMPORAL_BRIDGE_STORE_URL, its credentials and its free space.",
-                type=FailureCode.INTERNAL.value,
-            ) from None
+            raise self._silent(order, error) from None
+        except StorageAway as away:
+            self._silent_since.pop(order.job_id, None)
+            raise ApplicationError(str(away), type=STORAGE_AWAY) from None
+
+    async def _stored(self, order: CopyOrder) -> list[StoredResult]:
+        if order.folder:
+            return [await self._store_as_is(order, file) for file in order.files]
+        return await self._store_results(order)
+
+    def _silent(self, order: CopyOrder, error: ServerError) -> ApplicationError:
+        """The failure of a copy whose server does not answer. The job moves on only where that lasts."""
+        now = time.monotonic()
+        silent = now - self._silent_since.setdefault(order.job_id, now)
+        if is_gone := silent > SILENT_SECONDS:
+            del self._silent_since[order.job_id]
+        return ApplicationError(str(error), type=RunFailureType.GONE.value, non_retryable=is_gone)
 
     async def _store_as_is(self, order: CopyOrder, file: ResultFile) -> StoredResult:
         path = f"{order.folder}/{safe_name(file.filename)}"

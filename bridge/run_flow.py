@@ -188,14 +188,14 @@ class RunFlow:
         self._fields["stage_progress"] = max(round(reached, 2), self._fields["stage_progress"])
         self._publishing.run_ended()
 
-    def _waits_again(self, waited: timedelta) -> None:
-        """A job that was at work has waited so long for another server: it may well wait for as long again."""
+    def _waits_again(self, waited: timedelta, what: str) -> None:
+        """A job that was at work has waited so long for a server or for storage: it may well wait for as long again."""
         if not self._is_over:
             self._fields |= {
                 "estimated_time": max(self._expected_minutes(waited), self._fields["estimated_time"]),
                 "next_eta": instant(workflow.now() + waited),
             }
-            self._change("waits for another server")
+            self._change(what)
 
     def _change(self, what: str, **more: Any) -> None:
         """Publish the present state. `more` is only in the callback."""

@@ -44,14 +44,14 @@ class ServerGauges:
             yield
 
     async def look(self, slot: Slot, cold: int = 0) -> None:
-        """Look once. A server that is silent or runs nothing is unusable; one that is busy is not."""
+        """Look once. A server that is silent, sick or without storage is unusable; one that is busy is not."""
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 await self._server.queue()
         except (ServerError, TimeoutError):
             self._usable.set(0)
         else:
-            self._usable.set(0 if slot.health.problem else 1)
+            self._usable.set(0 if slot.sickness else 1)
         self._busy.set(1 if slot.is_held else 0)
         self._cold.set(cold)
 

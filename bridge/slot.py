@@ -20,6 +20,7 @@ from temporalio.worker import (
 
 from bridge.server import Server, ServerError
 from bridge.server_health import ServerHealth
+from bridge.storage_health import StorageHealth
 
 TAKEN_SECONDS: Final = 20.0
 """If a taken job has not started by then, it was cancelled and the slot is free again."""
@@ -29,9 +30,17 @@ CHECK_SECONDS: Final = 0.5
 class Slot:
     """Which job holds the server, and whether the server may take one."""
 
-    def __init__(self, server: Server, health: ServerHealth, *, taken_seconds: float = TAKEN_SECONDS) -> None:
+    def __init__(
+        self,
+        server: Server,
+        health: ServerHealth,
+        *,
+        storage_health: StorageHealth | None = None,
+        taken_seconds: float = TAKEN_SECONDS,
+    ) -> None:
         self._server = server
         self.health = health
+        self._storage_health = storage_health
         self._taken_seconds = taken_seconds
         self._holder: str | None = None
         self._runs = 0
@@ -44,6 +53,11 @@ class Slot:
     @property
     def is_held(self) -> bool:
         return self._runs > 0 or (self._holder is not None and time.monotonic() < self._taken_until)
+
+    @property
+    def sickness(self) -> str | None:
+        """Why the server may take no job even if it runs nothing, or None: it is sick, or object storage is away."""
+        return self.health.problem or (self._storage_health.problem if self._storage_health else None)
 
     async def take(self, job_id: str) -> str | None:
         """Hold the slot for a job until its run begins. Returns None, or the reason why it cannot."""
@@ -79,8 +93,8 @@ class Slot:
 
     async def problem(self) -> str | None:
         """Why the server may take no job now, or None. Another client's prompt is a reason."""
-        if self.health.problem is not None:
-            return self.health.problem
+        if self.sickness is not None:
+            return self.sickness
         try:
             queue = await self._server.queue()
         except ServerError as error:

@@ -6,6 +6,7 @@
     models/{tenant_id}/…            what they trained
     datasets/{training_id}/…        long lists of files to train on
     lora-caches/…                   which models each server has (lora_cache.py)
+    probes/…                        whether storage can be used (storage_health.py)
 
 The bridge keeps the rest: `python -m store purge` and `forget` delete it (store/task_files.py).
 

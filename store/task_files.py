@@ -80,7 +80,7 @@ class TaskFiles:
     async def delete_leftovers(self, before: datetime) -> int:
         """Delete what killed writers have left on disks before a time: no listing shows it."""
         deleted = 0
-        of_bridge = (*_OF_JOB, *MODELS, *FETCHED_MODELS, "lora-caches")
+        of_bridge = (*_OF_JOB, *MODELS, *FETCHED_MODELS, "lora-caches", "probes")
         for root, folders in ((self._bridge, of_bridge), (self._objects, ("snapshots",))):
             for folder in folders:
                 async with _said(root):

@@ -22,6 +22,7 @@ from bridge.seen_server import SeenServer
 from bridge.server import Server
 from bridge.server_health import ServerHealth
 from bridge.server_name import owner_of
+from bridge.storage_health import StorageHealth
 from bridge.template_library import SHIPPED, load_library
 from bridge.templates import Template
 from bridge.warm_up import WarmUpPace
@@ -217,6 +218,7 @@ class BridgePlatform:
             taken_seconds=taken_seconds,
             linger_seconds=0.5,
             health=ServerHealth(server, probe=QUICK_PROBE, first_pause_seconds=0.2),
+            storage_health=StorageHealth(self.bridge.storage, seen.name, probe_seconds=0.2),
             warm_up=warm_up,
             warm_up_pace=warm_up_pace,
         )
