@@ -10,15 +10,15 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import structlog
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 from temporalio import activity
 from temporalio.exceptions import ApplicationError
 
@@ -36,6 +36,7 @@ from bridge.dataset_copies import DatasetCopies
 from bridge.fitness import Fitness, TemplateState
 from bridge.graph_check import NoModel, chosen_models, relink
 from bridge.graphs import needed_part
+from bridge.heartbeats import with_heartbeats
 from bridge.lora_cache import LoraCache
 from bridge.orders import (
     CleanOrder,
@@ -71,7 +72,6 @@ from bridge.ticks import RunningJobs, Ticks
 from bridge.warm_up import WarmUps
 from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 
-HEARTBEAT_SECONDS: Final = 1.0
 STOP_AGAIN_SECONDS: Final = 0.2
 OTHERS_FIRST: Final = timedelta(seconds=20)
 """So long a server leaves a job that it failed to the other servers of its pool."""
@@ -85,7 +85,6 @@ _TYPES: Final[dict[type[RunFailure], RunFailureType]] = {
     Interrupted: RunFailureType.INTERRUPTED,
 }
 
-T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
@@ -188,10 +187,11 @@ class GpuActivities:
         with structlog.contextvars.bound_contextvars(**bound), self._held(run.job_id):
             try:
                 async with ticks.following(prompt, is_repeated=activity.info().attempt > 1):
-                    outcome = await _with_heartbeats(
+                    outcome = await with_heartbeats(
                         prompt.finish(),
                         lambda: (RunBeat(percent=prompt.percent, was_sent=prompt.was_sent).model_dump(),),
                         on_cancel=lambda: self._stop(prompt),
+                        left=lambda: [_failed_run(prompt, is_over=prompt.was_interrupted)],
                     )
                 await self._judge(run, outcome, time.monotonic() - began)
             except RunFailure as failure:
@@ -256,7 +256,7 @@ class GpuActivities:
         """Copy a run's files to storage. Raises ApplicationError: `prompt_lost` if they are gone, else retried."""
         self._copying += 1
         try:
-            return await _with_heartbeats(self._results.copied(order), tuple)
+            return await with_heartbeats(self._results.copied(order), tuple)
         finally:
             self._copying -= 1
 
@@ -265,7 +265,7 @@ class GpuActivities:
         """Remove a job's files and prompts from this server. Returns the number of files. Raises ApplicationError."""
         self._copying += 1
         try:
-            return await _with_heartbeats(self._clean(order), tuple)
+            return await with_heartbeats(self._clean(order), tuple)
         except ServerError as error:
             raise ApplicationError(str(error), type=RunFailureType.GONE.value) from None
         except (PromptRefused, *STORAGE_ERRORS) as error:
@@ -305,7 +305,7 @@ class GpuActivities:
         Raises ApplicationError: `workflow_invalid`, a `RunFailureType`, or retried.
         """
         with self._held(order.training_id, is_kept=True):
-            return await _with_heartbeats(self._datasets.ingest(order), tuple)
+            return await with_heartbeats(self._datasets.ingest(order), tuple)
 
     async def _prepare(self, run: GraphRun) -> Mapping[str, Any]:
         """What the results need of the graph, with this server's models, images and checkpoint filled in.
@@ -425,17 +425,18 @@ def _is_young(info: activity.Info) -> bool:
 
 def _moving(failure: RunFailure, prompt: PromptRun) -> ApplicationError:
     """The failure as the job's workflow reads it."""
-    failed = FailedRun(percent=prompt.percent, was_sent=prompt.was_sent, is_over=failure.is_over, error=failure.error)
-    return ApplicationError(
-        str(failure), failed.model_dump(mode="json"), type=_TYPES[type(failure)].value, non_retryable=True
-    )
+    failed = _failed_run(prompt, is_over=failure.is_over, error=failure.error)
+    return ApplicationError(str(failure), failed, type=_TYPES[type(failure)].value, non_retryable=True)
 
 
 def _handed_back(reason: str, prompt: PromptRun) -> ApplicationError:
-    beat = FailedRun(percent=prompt.percent, was_sent=prompt.was_sent)
-    return ApplicationError(
-        reason, beat.model_dump(mode="json"), type=RunFailureType.HANDED_BACK.value, non_retryable=True
-    )
+    failed = _failed_run(prompt, is_over=prompt.was_interrupted)
+    return ApplicationError(reason, failed, type=RunFailureType.HANDED_BACK.value, non_retryable=True)
+
+
+def _failed_run(prompt: PromptRun, *, is_over: bool, error: ErrorDetails | None = None) -> JsonValue:
+    failed = FailedRun(percent=prompt.percent, was_sent=prompt.was_sent, is_over=is_over, error=error)
+    return failed.model_dump(mode="json")
 
 
 def _last_beat() -> RunBeat:
@@ -444,49 +445,3 @@ def _last_beat() -> RunBeat:
         return RunBeat.model_validate(details[0]) if details else RunBeat()
     except ValidationError:
         return RunBeat()
-
-
-async def _with_heartbeats(
-    work: Coroutine[Any, Any, T],
-    details: Callable[[], tuple[Any, ...]],
-    *,
-    on_cancel: Callable[[], Coroutine[Any, Any, None]] | None = None,
-) -> T:
-    """Run `work` with heartbeats.
-
-    A cancel by the workflow and the end of a worker's grace period stop it and run `on_cancel`; at the worker's
-    shutdown the failure is `handed_back`. A lost heartbeat stops `work` but not the prompt: the next attempt finds it.
-    """
-    running = asyncio.ensure_future(work)
-    try:
-        while not running.done():
-            activity.heartbeat(*details())
-            await asyncio.wait({running}, timeout=HEARTBEAT_SECONDS)
-    except asyncio.CancelledError:
-        running.cancel()
-        await asyncio.wait({running})
-        reason = activity.cancellation_details()
-        is_shutdown = reason is not None and reason.worker_shutdown
-        is_requested = reason is None or reason.cancel_requested
-        if on_cancel is not None and (is_requested or is_shutdown):
-            await _heartbeating(on_cancel(), details)
-        if is_shutdown and not is_requested:
-            raise ApplicationError(
-                "The worker was stopped before the run ended.",
-                type=RunFailureType.HANDED_BACK.value,
-                non_retryable=on_cancel is not None,
-            ) from None
-        raise
-    finally:
-        if not running.done():
-            running.cancel()
-    return running.result()
-
-
-async def _heartbeating(work: Coroutine[Any, Any, None], details: Callable[[], tuple[Any, ...]]) -> None:
-    running = asyncio.ensure_future(work)
-    while not running.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait({running}, timeout=HEARTBEAT_SECONDS)
-        activity.heartbeat(*details())
-    running.result()

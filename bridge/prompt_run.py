@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -132,6 +133,8 @@ class PromptRun:
         self._idle_since: float | None = None
         self._is_submitting = was_sent
         self.was_sent = was_sent
+        self.was_interrupted = False
+        """`stop` ended it in mid-run: under its id it will never have a result."""
 
     @property
     def percent(self) -> int:
@@ -177,12 +180,18 @@ class PromptRun:
                 unknown_seconds = time.monotonic() - unknown_since if unknown_since else 0.0
                 may_appear = self._is_submitting and not self.was_sent and unknown_seconds < self._patience.look_again
                 if state is PromptState.ENDED or (state is PromptState.UNKNOWN and not may_appear):
+                    await self._see_whether_interrupted(state)
                     return True
             except ServerError as error:
                 log.info("comfyui_cancel_unanswered", reason=str(error))
             await asyncio.sleep(0.2)
         log.warning("comfyui_cancel_given_up", prompt_id=self._run.prompt_id)
         return not is_there
+
+    async def _see_whether_interrupted(self, state: PromptState) -> None:
+        if state is PromptState.ENDED:
+            found = await self._server.look_up(self._run.prompt_id, self._run.graph.result_nodes)
+            self.was_interrupted = found.result is not None and found.result.is_interrupted
 
     async def _submit(self) -> ErrorDetails | None:
         """Submit it once. Returns the refusal, or None. Without an answer it is looked up before the next submit."""
@@ -283,7 +292,18 @@ class PromptRun:
             await self._server.cancel(self._run.prompt_id)
         except ServerError as error:
             log.info("comfyui_cancel_unanswered", reason=str(error))
-        raise ServerDead(reason)
+        raise ServerDead(reason, is_over=await self._is_withdrawn())
+
+    async def _is_withdrawn(self) -> bool:
+        """Whether the cancelled prompt is gone or ended: nobody finds a result under its id any more."""
+        until = time.monotonic() + self._patience.look_again
+        while time.monotonic() < until:
+            with suppress(ServerError):
+                found = await self._server.look_up(self._run.prompt_id, self._run.graph.result_nodes)
+                if found.state is PromptState.UNKNOWN or (found.result is not None and found.result.is_interrupted):
+                    return True
+            await asyncio.sleep(0.2)
+        return False
 
     async def _look_up(self) -> Prompt:
         return await self._patiently(lambda: self._server.look_up(self._run.prompt_id, self._run.graph.result_nodes))

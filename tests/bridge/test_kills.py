@@ -152,14 +152,31 @@ async def test_after_its_grace_period_a_worker_cancels_its_prompt_and_hands_the_
     await first.admin.set(hold=True)
     async with gpu_process(bridge, first, unique("gpu"), grace_seconds=0.2) as process:
         accepted = await bridge.submit()
-        prompt_id = await until_running(bridge, first)
+        await until_running(bridge, first)
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 30) == 0
     assert [run.outcome for run in await first.admin.runs()] == ["interrupted"]
     async with bridge.gpu(second):
         state = await bridge.ended(accepted["job_id"])
     assert state["error_details"] is None
-    assert await second.admin.runs_of(prompt_id) == 1
+    assert [run.outcome for run in await second.admin.runs()] == ["success"]
+
+
+async def test_a_run_that_its_own_worker_stopped_is_nobodys_failure(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    """The worker of the only server is restarted three times during one run."""
+    name = unique("gpu")
+    await native.admin.set(hold=True)
+    accepted = await bridge.submit()
+    for runs_before in range(3):
+        async with bridge.gpu(native, name=name, grace_seconds=0.1):
+            await until_running(bridge, native, runs_before)
+    await native.admin.set(hold=False)
+    async with bridge.gpu(native, name=name):
+        state = await bridge.ended(accepted["job_id"])
+    assert state["error_details"] is None, state
+    assert [run.outcome for run in await native.admin.runs()] == ["interrupted"] * 3 + ["success"]
 
 
 @pytest.mark.slow

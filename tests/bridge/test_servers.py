@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bridge.placement import prompt_id_of
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import QUICK, BridgePlatform, Json
 
@@ -203,7 +204,10 @@ async def test_a_server_with_a_dead_thread_is_noticed_while_the_job_is_queued_th
             # The first server is drained: it does not get the next job either.
             another = await bridge.ended((await bridge.submit())["job_id"])
     assert state["error_details"] is another["error_details"] is None
-    assert len(await second.admin.runs()) == 2
+    assert [run.prompt_id for run in await second.admin.runs()] == [
+        prompt_id_of(accepted["job_id"], 0, 2),  # The first server withdrew the first one.
+        prompt_id_of(another["job_id"], 0, 1),
+    ]
     assert await first.admin.runs() == []
 
 
