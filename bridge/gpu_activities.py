@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ from bridge.orders import (
     TakeOrder,
     control_name,
 )
+from bridge.placement import files_left_by
 from bridge.prompt_run import (
     Interrupted,
     Patience,
@@ -136,6 +138,8 @@ class GpuActivities:
         self._warm_ups = warm_ups
         self._patience = patience or Patience()
         self._copying = 0
+        self._followed: Counter[str] = Counter()
+        """Prompt id → how many calls follow it: the one of a reset workflow follows that of the one before."""
         self._storage_health = storage_health
         self._results = ResultCopies(server, storage, storage_health, identity.name)
         self._datasets = DatasetCopies(server, storage)
@@ -184,13 +188,14 @@ class GpuActivities:
         )
         began = time.monotonic()
         bound = {"job_id": run.job_id, "task_id": run.task_id, "tenant_id": run.tenant_id, "run": run.run}
-        with structlog.contextvars.bound_contextvars(**bound), self._held(run.job_id):
+        with structlog.contextvars.bound_contextvars(**bound), self._held(run.job_id), self._following(run.prompt_id):
             try:
                 async with ticks.following(prompt, is_repeated=activity.info().attempt > 1):
                     outcome = await with_heartbeats(
                         prompt.finish(),
                         lambda: (RunBeat(percent=prompt.percent, was_sent=prompt.was_sent).model_dump(),),
                         on_cancel=lambda: self._stop(prompt),
+                        on_unknown=lambda: self._stop_unwanted(run, prompt),
                         left=lambda: [_failed_run(prompt, is_over=prompt.was_interrupted)],
                     )
                 await self._judge(run, outcome, time.monotonic() - began)
@@ -217,6 +222,22 @@ class GpuActivities:
     async def _stop(self, prompt: PromptRun) -> None:
         if not await prompt.stop():
             self._does_not_stop()
+
+    async def _stop_unwanted(self, run: GraphRun, prompt: PromptRun) -> None:
+        """Stop and remove what a job runs whose workflow was terminated or reset.
+
+        A run of the reset workflow may follow the same prompt here by now. An open workflow has another attempt.
+        """
+        info = activity.info()
+        workflow_id, run_id = info.workflow_id, info.workflow_run_id
+        if self._jobs is None or workflow_id is None or run_id is None or self._followed[run.prompt_id] > 1:
+            return
+        if not await self._jobs.is_closed(workflow_id, run_id) or self._followed[run.prompt_id] > 1:
+            return
+        log.info("run_unwanted", prompt_id=run.prompt_id)
+        await self._stop(prompt)
+        with suppress(PromptRefused, ServerError, *STORAGE_ERRORS):
+            await self._clean(CleanOrder(job_id=run.job_id, prompts=[run.prompt_id], files=files_left_by(run)))
 
     def _does_not_stop(self) -> None:
         """What hangs in the server keeps it for ever: that must be seen, and a test pattern shows when it is over."""
@@ -413,6 +434,15 @@ class GpuActivities:
         finally:
             self._loras.release(job_id)
             self._slot.end(kept_for=kept_for)
+
+    @contextmanager
+    def _following(self, prompt_id: str) -> Iterator[None]:
+        self._followed[prompt_id] += 1
+        try:
+            yield
+        finally:
+            self._followed[prompt_id] -= 1
+            self._followed += Counter()  # Drops what nobody follows.
 
 
 async def _nobody() -> bool:

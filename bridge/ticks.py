@@ -14,6 +14,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import structlog
+from temporalio.api.common.v1 import WorkflowExecution
+from temporalio.api.workflowservice.v1 import DescribeWorkflowExecutionRequest
 from temporalio.client import (
     Client,
     WorkflowUpdateFailedError,
@@ -26,6 +28,7 @@ from bridge.calls import ESTIMATE_UPDATE, workflow_of
 from bridge.orders import Callback, GraphRun, JobView, RunEstimate
 from bridge.prompt_run import PromptRun
 from bridge.run_pace import RunPace
+from comfyui_temporal.runs import RunStatus
 
 TICK_EVERY_SECONDS: Final = 1.0
 PACE_SECONDS: Final = 1.0
@@ -51,6 +54,17 @@ class RunningJobs:
         except (RPCError, WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError) as error:
             log.info("estimate_not_told", job_id=job_id, reason=type(error).__name__)
             return None
+
+    async def is_closed(self, workflow_id: str, run_id: str) -> bool:
+        """Whether this run of a workflow is known to be closed: it was terminated, or reset."""
+        execution = WorkflowExecution(workflow_id=workflow_id, run_id=run_id)
+        request = DescribeWorkflowExecutionRequest(namespace=self._client.namespace, execution=execution)
+        try:
+            found = await self._client.workflow_service.describe_workflow_execution(request, timeout=RPC_TIMEOUT)
+        except RPCError as error:
+            log.info("job_not_described", workflow_id=workflow_id, reason=error.status.name.lower())
+            return False
+        return RunStatus.of(found.workflow_execution_info.status).is_over
 
 
 class Ticks:

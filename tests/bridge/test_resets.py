@@ -1,12 +1,15 @@
-"""Jobs and trainings that an operator resets in Temporal: what was delivered stays."""
+"""Jobs and trainings that an operator resets or terminates in Temporal: what was delivered stays, nothing runs on."""
 
 from __future__ import annotations
 
-from bridge.calls import COPY_RESULTS
+import pytest
+
+from bridge.calls import COPY_RESULTS, RUN_GRAPH, TAKE_SERVER, workflow_of
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, Json
 from tests.bridge.resets import reset_before
-from tests.bridge.test_cleaning import is_closed
+from tests.bridge.test_cleaning import history_of, is_closed
+from tests.bridge.test_servers import until_running
 from tests.bridge.test_trainings import MODELS, created, ended, file_of, post_action, state_of
 
 
@@ -53,3 +56,39 @@ async def test_a_training_that_is_reset_to_its_first_copy_keeps_its_checkpoint_a
     assert state["checkpoint"]["step"] == 6
     assert file_of(state["checkpoint"]["uri"]).stat().st_size
     assert file_of(state["output"]["model_path"]).stat().st_size
+
+
+async def test_what_a_terminated_job_runs_is_stopped_and_removed(bridge: BridgePlatform, native: NativeServer) -> None:
+    await native.admin.set(hold=True)
+    async with bridge.gpu(native):
+        job = await bridge.submit()
+        await until_running(bridge, native)
+        await bridge.client.get_workflow_handle(workflow_of(job["job_id"])).terminate("by a test")
+
+        async def is_removed() -> bool:
+            is_stopped = [run.outcome for run in await native.admin.runs()] == ["interrupted"]
+            return is_stopped and await history_of(bridge, native) == {}
+
+        await bridge.until(is_removed)
+        await native.admin.set(hold=False)
+        assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None, "the server is free"
+
+
+@pytest.mark.parametrize("call", [TAKE_SERVER, RUN_GRAPH])
+async def test_a_running_job_that_is_reset_is_delivered_and_leaves_nothing_running(
+    bridge: BridgePlatform, native: NativeServer, call: str
+) -> None:
+    await native.admin.set(hold=True)
+    async with bridge.gpu(native):
+        job = await bridge.submit()
+        await until_running(bridge, native)
+        await reset_before(bridge, job["job_id"], call)
+        if call == TAKE_SERVER:
+            await until_running(bridge, native, runs_before=1)
+        await native.admin.set(hold=False)
+        state = await bridge.ended(job["job_id"])
+        await bridge.until(lambda: is_closed(bridge, job["job_id"]))
+    assert state["error_details"] is None, state
+    outcomes = [run.outcome for run in await native.admin.runs()]
+    assert outcomes == (["interrupted", "success"] if call == TAKE_SERVER else ["success"])
+    assert await history_of(bridge, native) == {}
