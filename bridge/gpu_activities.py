@@ -266,7 +266,9 @@ class GpuActivities:
                 await self._fitness.refresh()
             if self._fitness.state_of(template_id) is TemplateState.UNFIT:
                 raise ServerUnfit(error.message, error=error)
-        reason = self._slot.health.ran(run.task_id, run.tenant_id, outcome, outcome.seconds or seconds)
+        # By the server's clock a run that succeeded may have taken any time: it may have been set meanwhile.
+        ran_seconds = outcome.seconds or seconds if error is not None else min(outcome.seconds or seconds, seconds)
+        reason = self._slot.health.ran(run.task_id, run.tenant_id, outcome, ran_seconds)
         if reason is not None:
             raise ServerSick(reason, error=outcome.error, is_over=True)
         if error is None:

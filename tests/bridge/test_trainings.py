@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -141,6 +142,21 @@ async def test_a_training_runs_chunk_by_chunk(bridge: BridgePlatform, native: Na
     assert training == sorted(training)
     lines = [line["message"] for body in bodies for line in body.get("log", [])]
     assert any(line.startswith("epoch 2/3 step 4") for line in lines), lines
+
+
+@pytest.mark.parametrize("step_seconds", [36_000.0, -36_000.0])
+async def test_a_servers_clock_that_is_set_is_not_billed_as_gpu_hours(
+    bridge: BridgePlatform, native: NativeServer, step_seconds: float
+) -> None:
+    await native.admin.set(models=MODELS, clock_step_seconds=step_seconds)
+    began = time.monotonic()
+    async with bridge.gpu(native):
+        accepted = await created(bridge)
+        await post_action(bridge, accepted["training_id"], "start")
+        state = await ended(bridge, accepted["training_id"])
+    assert state["error_details"] is None, state
+    assert 0 < state["gpu_hours_used"] * 3600 < time.monotonic() - began
+    assert state["checkpoint"]["gpu_hours_used"] == state["gpu_hours_used"] == state["gpu_hours"]
 
 
 async def test_a_training_that_is_not_started_holds_nothing_and_can_be_cancelled(

@@ -316,7 +316,8 @@ class Executor:
 
     def _record(self, prompt: _Prompt, event: str, data: Json, *, to_everyone: bool = False) -> None:
         """Add to the history's messages and send to the client. Without a client id, send only what is for all."""
-        full = data | {"prompt_id": prompt.prompt_id, "timestamp": int(time.time() * 1000)}
+        step = self._traps().clock_step_seconds if event == "execution_success" else 0.0
+        full = data | {"prompt_id": prompt.prompt_id, "timestamp": int((time.time() + step) * 1000)}
         prompt.messages.append([event, full])
         if self.client_id is not None or to_everyone:
             self._publish(event, full, self.client_id)

@@ -25,6 +25,8 @@ class Traps(BaseModel):
     """Duration of each step of a sampling or training node."""
     node_seconds: float = 0.005
     """Duration of any other node."""
+    clock_step_seconds: float = 0.0
+    """The server's clock is set by this while a prompt runs."""
     hold: bool = False
     """Nothing progresses while this is set, but interrupts work. For tests that need a running prompt."""
     stuck: bool = False
