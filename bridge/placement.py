@@ -234,7 +234,7 @@ class Placement:
         if waits_again and self._is_handed_over and workflow.patched("checked-while-it-waits-again"):
             await self._waited_again(taking)
         elif waits_again and workflow.patched("told-while-it-waits-again"):
-            await self._waited_for(taking, _ANOTHER_SERVER)
+            await self.waited_for(taking, _ANOTHER_SERVER)
         elif self.server is None and self._is_handed_over and workflow.patched("refused-where-no-server-can-run-it"):
             await self._waited_while_any_can(taking)
         taken: ServerTaken = await taking
@@ -273,7 +273,7 @@ class Placement:
             raise RunRefused(problems[0])
 
     async def _waited_again(self, taking: ActivityHandle[ServerTaken]) -> None:
-        """As `_waited_for` and `_waited_while_any_can` at once: its server may have come back without what it needs."""
+        """As `waited_for` and `_waited_while_any_can` at once: its server may have come back without what it needs."""
         began, longest, wait = workflow.now(), WAIT_TOLD_AFTER, CHECKED_AFTER
         tell_at, check_at = began + longest, began + wait
         try:
@@ -295,7 +295,7 @@ class Placement:
             taking.cancel()
             raise
 
-    async def _waited_for(self, awaited: ActivityHandle[Any], what: str) -> None:
+    async def waited_for(self, awaited: ActivityHandle[Any], what: str) -> None:
         """Tell, at first after 30 s and then each time the wait has doubled, that a job that was at work waits.
 
         Its task's deadline runs meanwhile.
@@ -369,7 +369,7 @@ class Placement:
             summary=f"copy results from {taken.server}",
         )
         if is_told:
-            await self._waited_for(copying, "waits until its results are stored")
+            await self.waited_for(copying, "waits until its results are stored")
         stored: list[StoredResult] = await copying
         return stored
 

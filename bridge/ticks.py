@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -32,6 +33,8 @@ from comfyui_temporal.runs import RunStatus
 
 TICK_EVERY_SECONDS: Final = 1.0
 PACE_SECONDS: Final = 1.0
+WAIT_TOLD_SECONDS: Final = 30.0
+"""A run that has not begun by then is told to take longer; again each time the wait has doubled."""
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 
 log = structlog.get_logger(__name__)
@@ -97,13 +100,21 @@ class Ticks:
             await asyncio.gather(*publishing, return_exceptions=True)
 
     async def _watch(self, prompt: PromptRun, *, is_repeated: bool) -> None:
+        """Before it runs its files are sent, or another client's prompt is in front: that time counts for its task.
+
+        It may well take as long again.
+        """
         is_due = is_repeated
+        began, tell_at = time.monotonic(), WAIT_TOLD_SECONDS
         while True:
             ran, percent = prompt.ran_seconds, prompt.percent
+            waited = 0.0 if ran else time.monotonic() - began
+            if waited >= tell_at:
+                is_due, tell_at = True, 2 * tell_at
             if ran and self._pace.revised(ran, percent, is_heard=prompt.is_heard) is not None:
                 is_due = True
             if is_due:
-                is_due = not await self._tell(max(0.0, self._pace.expected_seconds - ran), percent)
+                is_due = not await self._tell(waited + max(0.0, self._pace.expected_seconds - ran), percent)
             await asyncio.sleep(PACE_SECONDS)
 
     async def _tell(self, left_seconds: float, percent: int) -> bool:

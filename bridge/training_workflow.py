@@ -12,6 +12,7 @@ elsewhere.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import hashlib
 from datetime import timedelta
@@ -164,7 +165,8 @@ class ComfyUITrainingWorkflow(RunFlow):
         if self._fields["training_stage"] is None:
             self._enter(TrainingStage.DATA_INGEST, self._job.dataset_summary)
         workflow.upsert_memo({SERVER_MEMO: taken.server})
-        files: int = await workflow.execute_activity(
+        is_told = workflow.patched("told-while-its-dataset-is-sent")
+        ingesting = workflow.start_activity(
             INGEST_DATASET,
             self._dataset,
             result_type=int,
@@ -177,6 +179,14 @@ class ComfyUITrainingWorkflow(RunFlow):
             priority=self._priority,
             summary=f"put the dataset on {taken.server}",
         )
+        try:
+            if is_told:
+                await self._placement.waited_for(ingesting, "waits until its dataset is on the server")
+        except asyncio.CancelledError:
+            # What it still sends must end before it is removed.
+            await ingesting
+            raise
+        files: int = await ingesting
         if self._fields["training_stage"] == TrainingStage.DATA_INGEST:
             epochs = self._job.epochs - self._epoch
             text = f"{files} files ingested; training {self._job.request.base_model} for {epochs} epochs"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
+
 import pytest
 from temporalio.client import WorkflowHandle
 
+from bridge import job_workflow, placement, ticks
 from bridge.calls import ESTIMATE_UPDATE, MANIFEST_MEMO, SECONDS_MEMO, workflow_of
 from bridge.orders import JobView, RunEstimate
 from bridge.run_pace import UNSEEN_SECONDS, RunPace
 from tests.bridge.native import NativeServer
-from tests.bridge.platform import BridgePlatform, Json
+from tests.bridge.platform import QUICK, TENANT, BridgePlatform, Json
+from tests.bridge.test_jobs import _png as png
 from tests.bridge.test_servers import until_running
+from tests.bridge.test_trainings import MODELS, created, post_action
 
 
 def handle_of(bridge: BridgePlatform, job: Json) -> WorkflowHandle[object, object]:
@@ -117,6 +123,47 @@ async def test_a_gpu_worker_tells_that_its_run_is_slow(bridge: BridgePlatform, n
 
         await bridge.until(ticks_go_on, seconds=20)
         await bridge.cancel(job["job_id"])
+
+
+async def test_a_job_whose_files_are_sent_for_long_gives_its_task_time(
+    bridge: BridgePlatform, native: NativeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ticks, "WAIT_TOLD_SECONDS", 0.5)
+    monkeypatch.setattr(job_workflow, "LEAST_MINUTES", 0.0001)
+    image = bridge.folder / "images" / TENANT / "a.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(png())
+    await native.admin.set(models={"checkpoints": ["a.safetensors"]}, broken_routes={"/upload/*": 500})
+    async with bridge.gpu(native, patience=replace(QUICK, silent=60.0)):
+        job = await bridge.submit(
+            template_id="image-to-image", controls=[{"image_url": image.as_uri(), "strength": 0.5}]
+        )
+        before = (await bridge.in_status(job["job_id"], "processing"))["estimated_time"]
+
+        async def has_more_time() -> bool:
+            return bool((await bridge.job(job["job_id"]))["estimated_time"] > before + 1 / 60)
+
+        await bridge.until(has_more_time)
+        await native.admin.set(broken_routes={})
+        assert (await bridge.ended(job["job_id"]))["error_details"] is None
+
+
+async def test_a_training_whose_dataset_is_sent_for_long_says_so(
+    bridge: BridgePlatform, native: NativeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "WAIT_TOLD_AFTER", timedelta(seconds=0.5))
+    await native.admin.set(models=MODELS)
+    async with bridge.gpu(native):
+        training = await created(bridge)
+        await native.admin.set(answer_delay_seconds=0.4)
+        await post_action(bridge, training["training_id"], "start")
+
+        async def said_again() -> bool:
+            told = bridge.receiver.genuine(training["task_id"])
+            return sum(body["training_stage"] == "data_ingest" for body in told) > 1
+
+        await bridge.until(said_again)
+        await post_action(bridge, training["training_id"], "cancel")
 
 
 async def test_a_run_that_was_cut_is_measured(bridge: BridgePlatform, native: NativeServer) -> None:
