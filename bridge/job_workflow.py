@@ -74,9 +74,9 @@ class ComfyUIJobWorkflow(RunFlow):
         await self._finish(self._deliver_results())
         self._remember_cut_run()
         if job.request.controls or job.graph.files:
-            await self._clean_up()
-        await self._placement.clean_up(is_last=True)
-        await self._all_published()
+            await self._after_the_end(self._clean_up())
+        await self._after_the_end(self._placement.clean_up(is_last=True))
+        await self._after_the_end(self._publishing.all_published())
         return self.view()
 
     @workflow.update(name=MOVE_UPDATE)

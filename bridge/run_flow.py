@@ -133,11 +133,14 @@ class RunFlow:
             working.cancel()
         await self._wait_until_done(working)
 
-    async def _all_published(self) -> None:
+    async def _after_the_end(self, step: Coroutine[Any, Any, None]) -> None:
+        """Clean up or publish. A cancel through Temporal cuts the step short; the run ends as it did."""
         try:
-            await self._publishing.all_published()
-        except asyncio.CancelledError:
-            workflow.logger.info("cancelled while callbacks were being sent; the run is over all the same")
+            await step
+        except (asyncio.CancelledError, ActivityError) as error:
+            if not is_cancelled_exception(error):
+                raise
+            workflow.logger.info("cancelled after its end; the run ends as it did")
 
     async def _with_typed_failures(self, work: Coroutine[Any, Any, None]) -> None:
         """End the run with the failure of the work."""

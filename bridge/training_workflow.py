@@ -91,8 +91,8 @@ class ComfyUITrainingWorkflow(RunFlow):
         """The training's last state."""
         self._change("queued")
         await self._finish(self._train())
-        await self._placement.clean_up(self._dataset, is_last=True)
-        await self._all_published()
+        await self._after_the_end(self._placement.clean_up(self._dataset, is_last=True))
+        await self._after_the_end(self._publishing.all_published())
         return self.view()
 
     @workflow.update(name=START_UPDATE)

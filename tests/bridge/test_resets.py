@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from bridge.calls import COPY_RESULTS, RUN_GRAPH, TAKE_SERVER, workflow_of
@@ -92,3 +94,35 @@ async def test_a_running_job_that_is_reset_is_delivered_and_leaves_nothing_runni
     outcomes = [run.outcome for run in await native.admin.runs()]
     assert outcomes == (["interrupted", "success"] if call == TAKE_SERVER else ["success"])
     assert await history_of(bridge, native) == {}
+
+
+@pytest.mark.parametrize("kind", ["job", "training"])
+async def test_what_is_cancelled_in_temporal_while_it_cleans_up_ends_as_it_did(
+    bridge: BridgePlatform, servers: tuple[NativeServer, NativeServer], kind: str
+) -> None:
+    """One of its servers is away, and may still run it."""
+    first, second = servers
+    for server in servers:
+        await server.admin.set(models=MODELS)
+    await first.admin.set(hold=True)
+    try:
+        async with bridge.gpu(first):
+            if kind == "job":
+                run_id = (await bridge.submit())["job_id"]
+            else:
+                run_id = (await created(bridge))["training_id"]
+                await post_action(bridge, run_id, "start")
+            await until_running(bridge, first)
+            await first.kill()
+            async with bridge.gpu(second):
+                read, status, over = (bridge.ended, "job_status", "delivery")
+                if kind == "training":
+                    read, status, over = (partial(ended, bridge), "training_status", "completed")
+                assert (await read(run_id))[status] == over
+                assert not await is_closed(bridge, run_id)
+                await bridge.client.get_workflow_handle(workflow_of(run_id)).cancel()
+                await bridge.until(lambda: is_closed(bridge, run_id))
+                state = await read(run_id)
+        assert (state[status], state["error_details"]) == (over, None)
+    finally:
+        await first.restart()
