@@ -110,9 +110,13 @@ class Keys:
         try:
             return await action(call)
         except Refused as refused:
-            if refused.message not in NOT_KEPT:
-                await self._runs.keep(name, request_hash, refused.reply())
-            raise
+            if refused.message in NOT_KEPT or await self._runs.keep(name, request_hash, refused.reply()):
+                raise
+            # Another request under the key was faster, and may have been accepted.
+            first = await self._runs.kept(name, request_hash)
+            if first is None:
+                raise
+            return first
 
     async def claimed(self, call: Call, action: Action) -> Reply:
         """Run an action on a run of the caller's tenant that may be repeated without harm. Its key is stored first."""
@@ -145,8 +149,8 @@ class Runs:
             raise Refused("idempotency_conflict")
         return Reply(int(memo.get(STATUS_MEMO, ACCEPTED)), memo.get(ANSWER_MEMO))
 
-    async def keep(self, workflow_id: str, fingerprint: str, reply: Reply) -> None:
-        """Store a key and its answer. Does nothing if the key is taken."""
+    async def keep(self, workflow_id: str, fingerprint: str, reply: Reply) -> bool:
+        """Store a key and its answer. Returns False, and does nothing, if the key is taken."""
         memo = {BODY_MEMO: fingerprint, STATUS_MEMO: reply.status, ANSWER_MEMO: reply.body, KIND_MEMO: "key"}
         try:
             await self._client.start_workflow(
@@ -160,9 +164,10 @@ class Runs:
                 rpc_timeout=RPC_TIMEOUT,
             )
         except WorkflowAlreadyStartedError:
-            return
+            return False
         except RPCError as error:
             raise _unanswered(error) from None
+        return True
 
     async def begin(self, new: NewRun) -> Reply:
         """Start the run. Returns its answer, or the stored one if another request with the key was faster."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,8 +16,11 @@ from temporalio.service import RPCError, RPCStatusCode
 from bridge.api import MAX_BODY_BYTES
 from bridge.calls import CANCEL_UPDATE, workflow_id, workflow_of
 from bridge.gpu_worker import GpuWorker
+from bridge.replies import Call, Refused, Reply
+from bridge.runs import Keys, Runs
+from comfyui_temporal.contracts.permissions import Scope, TokenClaims
 from tests.bridge.native import NativeServer
-from tests.bridge.platform import TENANT, BridgePlatform, Json
+from tests.bridge.platform import TENANT, USER, BridgePlatform, Json
 from tests.bridge.test_trainings import training_body
 from tests.conftest import unique
 from tests.gateway.serving import answer_to_head
@@ -240,6 +244,26 @@ async def test_odd_requests_are_refused_and_none_leaves_a_traceback(
         answers.append(await bridge.http.post(f"{bridge.url}/comfyui/v1/jobs", json=job, headers=odd))
     assert [(answer.request.url, answer.text) for answer in answers if not 400 <= answer.status_code < 500] == []
     assert not [record.getMessage() for record in caplog.records if record.exc_info]
+
+
+async def test_a_repeat_that_is_refused_after_the_first_was_accepted_gets_the_first_answer(
+    bridge: BridgePlatform,
+) -> None:
+    """Both found the key free; meanwhile the last server that could run it has left."""
+    body, key = bridge.job_body(), unique("key")
+    accepted: list[Json] = []
+
+    async def refused(_: Call) -> Reply:
+        accepted.append((await bridge.post("/jobs", body, key=key)).json())
+        raise Refused("job_refused")
+
+    claims = TokenClaims(tenant_id=TENANT, user_id=USER, scopes=[scope.value for scope in Scope])
+    call = Call("/comfyui/v1/jobs", body, claims, key)
+    runs = Runs(bridge.client, task_queue=bridge.settings.bridge_task_queue)
+    assert await Keys(runs).once(call, refused) == Reply(202, accepted[0])
+    with pytest.raises(Refused) as conflict:
+        await Keys(runs).once(replace(call, body=body | {"prompt": "another"}), refused)
+    assert conflict.value.message == "idempotency_conflict"
 
 
 async def test_a_request_that_its_token_does_not_allow_starts_and_stores_nothing(bridge: BridgePlatform) -> None:
