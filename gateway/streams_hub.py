@@ -184,6 +184,7 @@ class EventHub:
             feed.subscribers.add(subscriber)
         while (behind := subscriber.behind) and subscriber.ending is None:
             page = max(10, PAGE // len(behind))
+            given = {task_id: self._feeds[task_id].last_seq for task_id in behind}
             try:
                 async with self._readers:
                     events = await self._store.events_of_each(behind, limit_each=page)
@@ -191,18 +192,24 @@ class EventHub:
                 self._end(subscriber, EndReason.UNAVAILABLE)
                 return
             subscriber.catch_up(SharedEvent(event, self._words) for event in events)
-            self._mark_caught_up(subscriber, events, page)
+            self._mark_caught_up(subscriber, events, page, given)
             if any(heads[task_id].has_ended for task_id in subscriber.open_tasks - subscriber.behind.keys()):
                 # Its end was purged while it was read.
                 self._end(subscriber, EndReason.UNAVAILABLE)
             await subscriber.written()
 
-    def _mark_caught_up(self, subscriber: Subscriber, events: Sequence[TaskEvent], page: int) -> None:
-        """Find the tasks whose history was read completely."""
+    def _mark_caught_up(
+        self, subscriber: Subscriber, events: Sequence[TaskEvent], page: int, given: Mapping[str, int]
+    ) -> None:
+        """Find the tasks whose history was read completely. `given`: the newest that others had before the read.
+
+        Where nothing was read up to there, it was purged. What others were given during the read is read next.
+        """
         read = Counter(event.task_id for event in events)
         for task_id, seq in subscriber.behind.items():
-            feed = self._feeds[task_id]
-            if read[task_id] < page and (seq >= feed.last_seq or not read[task_id]):
+            last_seq = self._feeds[task_id].last_seq
+            is_purged = not read[task_id] and last_seq == given[task_id]
+            if read[task_id] < page and (seq >= last_seq or is_purged):
                 subscriber.mark_caught_up(task_id)
 
     async def _join_tenant(self, subscriber: Subscriber) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import asyncpg
 import pytest
 
 from gateway.streams_wires import EndReason
-from store import TaskStore
+from store import StoredEvent, TaskStore
 from tests.cable import Cable, cable_to_postgres
 from tests.store.facts import NOON
 from tests.streams.serving import Streams, Writer, stream_token_for, streams_on, token_for
@@ -91,6 +91,49 @@ async def test_a_stream_says_the_end_of_a_task_whose_store_was_restored(
         await again.until_ended()
     assert again.seqs(task_id) == [3]
     assert again.events[-1]["event"] == "task.completed"
+
+
+class _HeldReads(TaskStore):
+    """Its stream reads of one position wait, after they have read, until they may go on."""
+
+    held: int | None = None
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__(dsn)
+        self.is_held, self.may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def events_of_each(self, positions: Mapping[str, int], *, limit_each: int) -> list[StoredEvent]:
+        is_first = self.held in positions.values() and not self.is_held.is_set()
+        events = await super().events_of_each(positions, limit_each=limit_each)
+        if is_first:
+            self.is_held.set()
+            await self.may_go_on.wait()
+        return events
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_an_event_that_comes_while_a_resumed_stream_reads_is_not_lost(
+    writer: Writer, postgres_dsn: str, ends: bool
+) -> None:
+    task_id = await writer.begun()
+    await writer.write(task_id, 2)
+    store = _HeldReads(postgres_dsn)
+    async with streams_on(store) as streams:
+        async with streams.opened(writer.tenant_id, f"task_id={task_id}") as first:
+            await first.until_received(task_id, 3)
+            store.held = 3
+            query = f"task_id={task_id}&cursor={first.last_id}"
+            async with streams.opened(writer.tenant_id, query) as resumed:
+                await asyncio.wait_for(store.is_held.wait(), 5)
+                await (writer.end(task_id) if ends else writer.write(task_id))
+                await first.until_received(task_id, 4)
+                store.may_go_on.set()
+                await resumed.until_received(task_id, 4)
+                if not ends:
+                    await writer.end(task_id)
+                await resumed.until_ended()
+        assert resumed.seqs(task_id) == ([4] if ends else [4, 5])
+    await store.close()
 
 
 async def test_many_events_at_once_cut_no_stream_that_is_read(
