@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timedelta
 from typing import Final, Literal
-from weakref import WeakValueDictionary
 
 from comfyui_temporal.contracts.fields import OwnModel
 from comfyui_temporal.contracts.lives import EarlierLife, TaskRun
@@ -63,11 +61,14 @@ from store.tasks import Written
 from store.tenant_reads import TenantSeen
 from store.tenant_usage import TenantUsage
 from store.ticks import TickAnswer
+from store.turns import Turns
 from store.unseen import UnseenTask, UnseenTaskRow
 from store.upkeep import EndedTask, QueueState, Undeletable
 from store.uploads import UploadRows
 
 MAX_PAGE: Final = 1_000
+TURN_SECONDS: Final = 8.0
+"""How long a start or stream waits for those of its tenant before it, while the store answers them."""
 Made = Literal["hold", "job"]
 """What a run creates for its task at another party."""
 
@@ -87,8 +88,7 @@ class TaskStore:
         """Opens no connection yet. Raises ValueError if `dsn` is not a PostgreSQL DSN."""
         self._dsn = dsn
         self._database = Database(dsn, pool_size=pool_size)
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        """Starts of one tenant take turns in the database: here too, so that they hold one connection at a time."""
+        self._turns = Turns()
         self._usage = TenantUsage()
         self.uploads = UploadRows(self._database)
 
@@ -114,15 +114,13 @@ class TaskStore:
         `run` becomes the acting run with the first claim, which also stores its input, `given`.
         Raises StartRefused if that is beyond the tenant's limits.
         """
-        async with self._turn(claim.tenant_id) if limits.bounds_starts else nullcontext():
+        is_counted = limits.bounds_starts
+        async with self._turns.of(claim.tenant_id, within_seconds=within_seconds) if is_counted else nullcontext():
             return await self._database.transaction(
                 lambda connection: tasks.claim_task(connection, claim, run, self._usage, limits=limits, given=given),
                 doing=f"claiming the task {claim.task_id}",
                 within_seconds=within_seconds,
             )
-
-    def _turn(self, tenant_id: str) -> asyncio.Lock:
-        return self._turns.setdefault(tenant_id, asyncio.Lock())
 
     async def write(
         self, write: TaskWrite, run: TaskRun | None = None, *, within_seconds: float = WORK_SECONDS
@@ -189,7 +187,7 @@ class TaskStore:
         within_seconds: float = WORK_SECONDS,
     ) -> Admission:
         """Count a start with an order of `size` bytes, if the tenant's limits allow it. A repeat counts once."""
-        async with self._turn(tenant_id):
+        async with self._turns.of(tenant_id, within_seconds=TURN_SECONDS):
             return await self._database.transaction(
                 lambda connection: tenant_limits.admit_start(
                     connection, self._usage, tenant_id=tenant_id, task_id=task_id, size=size, limits=limits
@@ -200,7 +198,7 @@ class TaskStore:
 
     async def admit_stream(self, *, tenant_id: str, process_id: str, own_open: int, limits: TenantLimits) -> Admission:
         """Count one more stream of a process that has `own_open` of the tenant, if the tenant's limit allows it."""
-        async with self._turn(tenant_id):
+        async with self._turns.of(tenant_id, within_seconds=TURN_SECONDS):
             return await self._database.transaction(
                 lambda connection: tenant_limits.admit_stream(
                     connection, tenant_id=tenant_id, process_id=process_id, own_open=own_open, limits=limits

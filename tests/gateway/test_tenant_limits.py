@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
@@ -15,6 +16,7 @@ from websockets.exceptions import InvalidStatus
 
 from comfyui_temporal.contracts.tenant_limits import TenantLimits
 from store import TaskStore
+from tests.cable import cable_to_postgres
 from tests.conftest import unique
 from tests.gateway.serving import Gateway, bearer, gateway_process, served, token_for
 from tests.waiting import until
@@ -66,6 +68,27 @@ async def test_starts_beyond_the_limit_are_refused_by_both_and_start_nothing(
     admitted = next(task_id for answer, task_id in zip(answers, task_ids, strict=True) if answer.status_code == 202)
     assert (await start(gateways[0], tenant_id, task_id=admitted)).status_code == 200, "a repeat is no further start"
     assert (await start(gateways[0], unique("tenant"))).status_code == 202, "another tenant's limits are its own"
+
+
+async def test_no_start_waits_in_line_while_postgresql_hangs(
+    temporal_env: WorkflowEnvironment, postgres_dsn: str
+) -> None:
+    tenant_id = unique("tenant")
+    limits = TenantLimits(starts_per_minute=1_000)
+    async with cable_to_postgres(postgres_dsn) as cable:
+        store = TaskStore(cable.dsn)
+        async with served(
+            temporal_env.client, store, task_queue=unique("nobody"), limits_of=lambda _tenant: limits
+        ) as gateway:
+            assert (await start(gateway, tenant_id)).status_code == 202
+            cable.hang()
+            began = time.monotonic()
+            answers = await asyncio.gather(*(start(gateway, tenant_id) for _ in range(20)))
+            took = time.monotonic() - began
+            cable.plug_in()
+        await store.close()
+    assert [answer.status_code for answer in answers] == [202] * 20
+    assert took < 6.0
 
 
 async def test_the_bytes_of_orders_are_counted_as_they_were_sent(gateways: list[Gateway]) -> None:

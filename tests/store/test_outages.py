@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 import asyncpg
 import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from comfyui_temporal.contracts.tenant_limits import TenantLimits
 from store import StoreUnavailable, TaskStore
 from store.database import POOL_SIZE, Database
 from tests.cable import Cable, cable_to_postgres
-from tests.conftest import NewDatabase
+from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, fact, new_task_id, write_of
 from tests.waiting import until
 
@@ -59,6 +61,38 @@ async def test_an_outage_is_one_named_failure_in_time_and_ends_by_itself(
     events = await store.events(task_id)
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     assert (await store.task(task_id)).version == 99  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["start", "stream", "claim"])
+async def test_what_is_counted_for_one_tenant_does_not_wait_in_line_while_postgresql_hangs(
+    on_a_cable: tuple[TaskStore, Cable], kind: str
+) -> None:
+    store, cable = on_a_cable
+    tenant_id, limits = unique("tenant"), TenantLimits(starts_per_minute=1_000, open_streams=1_000)
+
+    def counted(n: int) -> Coroutine[Any, Any, object]:
+        if kind == "start":
+            return store.admit_start(tenant_id=tenant_id, task_id=new_task_id(), size=1, limits=limits)
+        if kind == "stream":
+            return store.admit_stream(tenant_id=tenant_id, process_id=tenant_id, own_open=n, limits=limits)
+        return store.claim(claim_of(new_task_id(), tenant_id=tenant_id), limits=limits)
+
+    await counted(0)
+    cable.hang()
+    began = time.monotonic()
+    failures = await asyncio.gather(*(counted(n) for n in range(10)), return_exceptions=True)
+    assert all(isinstance(failure, StoreUnavailable) for failure in failures), failures
+    assert time.monotonic() - began < 4.0
+    cable.plug_in()
+
+    async def is_counted() -> bool:
+        try:
+            await counted(11)
+        except StoreUnavailable:
+            return False
+        return True
+
+    await until(is_counted)
 
 
 async def test_a_restart_of_postgresql_is_not_noticed(new_database: NewDatabase) -> None:
