@@ -79,6 +79,7 @@ _NOTIFY: Final = func.pg_notify(EVENTS_CHANNEL, bindparam("payload"))
 _CLAIM_COLUMNS: Final = tuple(task_claims.columns.keys())
 _CLAIM: Final = insert(task_claims).on_conflict_do_nothing().returning(task_claims.c.task_id)
 _HOLDER: Final = select(task_claims.c.first_execution_run_id).where(task_claims.c.task_id == bindparam("task"))
+_LOCKED_HOLDER: Final = _HOLDER.with_for_update(key_share=True)
 
 
 _APART: Final = timedelta(microseconds=1)
@@ -293,11 +294,14 @@ async def _row_of(connection: AsyncConnection, write: TaskWrite, run: TaskRun | 
             raise
     claimed = write.claim.model_dump(include=set(_CLAIM_COLUMNS)) | {"claimed_at": write.claim.at}
     await connection.execute(_CLAIM, claimed)
-    holder = await connection.scalar(_HOLDER, {"task": write.task_id})
-    if holder == write.first_execution_run_id:
+    holder = await connection.scalar(_LOCKED_HOLDER, {"task": write.task_id})
+    if holder != write.first_execution_run_id:
+        raise NotTheClaimant(f"The task {write.task_id} is another run's, and nothing was written.")
+    try:
+        return await _locked(connection, write.task_id, run_id, **made)  # an earlier try of the write may recreate it
+    except TaskUnknown:
         await _insert_row(connection, write.claim, run, lives=1)
         return await _locked(connection, write.task_id, run_id, **made)
-    raise NotTheClaimant(f"The task {write.task_id} is another run's, and nothing was written.")
 
 
 def _made(state: TaskState) -> dict[str, list[str]]:

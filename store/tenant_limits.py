@@ -63,8 +63,11 @@ _OPEN: Final = select(
     select(func.count()).select_from(_OPEN_ROWS).scalar_subquery()
     + select(func.count()).select_from(_UNCLAIMED).scalar_subquery()
 )
-_COUNT: Final = insert(tenant_starts).values(
-    tenant_id=_TENANT, task_id=_TASK, bytes=bindparam("size", type_=BigInteger)
+_COUNT: Final = (
+    insert(tenant_starts)
+    .values(tenant_id=_TENANT, task_id=_TASK, bytes=bindparam("size", type_=BigInteger))
+    # An admission that its caller no longer waits for may count the same start at the same time.
+    .on_conflict_do_nothing()
 )
 
 _ALIVE: Final = tenant_streams.c.reported_at > func.now() - text(f"interval '{STREAMS_LAST_SECONDS} seconds'")
@@ -101,6 +104,9 @@ async def _admit(
 ) -> Admission:
     used, refused = usage.after(tenant_id, size, limits), None
     if used is None:
+        await connection.execute(_LOCK, {"tenant": tenant_id})
+        if await connection.scalar(_IS_COUNTED, {"tenant": tenant_id, "task": task_id}):
+            return Admission()
         used = (await _counted(connection, tenant_id, limits)).with_own(1, size)
         usage.counted(tenant_id, used)
         refused = used.refused_by(limits)
@@ -110,9 +116,8 @@ async def _admit(
 
 
 async def _counted(connection: AsyncConnection, tenant_id: str, limits: TenantLimits) -> Used:
-    """Starts of the tenant take turns from here to the end of the transaction."""
+    """What the tenant uses, counted behind `_LOCK`."""
     of_tenant = {"tenant": tenant_id}
-    await connection.execute(_LOCK, of_tenant)
     await connection.execute(_DROP_OLD, of_tenant)
     starts, sent, frees_in = (await connection.execute(_USED, of_tenant)).one()
     opened = 0

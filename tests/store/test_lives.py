@@ -258,6 +258,17 @@ async def test_a_lost_row_is_recreated_from_the_runs_claim(
     assert (await task_store.register(run_of(task_id))).is_possible, "what else was lost is unknown"
 
 
+async def test_a_lost_row_that_two_tries_of_a_write_recreate_is_written_once(
+    task_store: TaskStore, postgres_dsn: str
+) -> None:
+    """The first one was slow, and goes on while the second is made."""
+    task_id = await claimed(task_store)
+    await forget(postgres_dsn, task_id, claim=False)
+    tries = await asyncio.gather(*(task_store.write(write_with_claim(task_id), run_of(task_id)) for _ in range(4)))
+    assert all(written is not None for written in tries)
+    assert [event.seq for event in await task_store.events(task_id)] == [1, 2]
+
+
 async def test_a_lost_row_is_not_recreated_where_another_run_has_claimed_the_id_since(
     task_store: TaskStore, postgres_dsn: str
 ) -> None:

@@ -16,6 +16,7 @@ from store import StartRefused, TaskStore
 from store.tenant_usage import TenantUsage, Used
 from tests.conftest import unique
 from tests.store.facts import claim_of, end, new_task_id, write_of
+from tests.waiting import until
 
 AT_ONCE = 20
 
@@ -151,6 +152,33 @@ async def test_claims_past_the_gateway_are_bounded_and_leave_nothing(stores: lis
     for claim, outcome in zip(claims, outcomes, strict=True):
         assert await stores[0].is_claimed(claim.task_id) == (outcome is True)
         assert (await stores[0].task(claim.task_id) is not None) == (outcome is True)
+
+
+@pytest.mark.parametrize("is_far_from_limits", [True, False])
+async def test_a_claim_that_waits_for_its_starts_slow_admission_is_taken(
+    task_store: TaskStore, tenant_id: str, postgres_dsn: str, is_far_from_limits: bool
+) -> None:
+    """The gateway waits two seconds for an admission, which goes on. The start is accepted, and its run claims it."""
+    limits, task_id = TenantLimits(starts_per_minute=10_000 if is_far_from_limits else 1), new_task_id()
+    if is_far_from_limits:
+        await admit(task_store, tenant_id, limits)
+    slow = await asyncpg.connect(postgres_dsn)
+    admission = slow.transaction()
+    await admission.start()
+    await slow.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 17))", tenant_id)
+    await slow.execute("INSERT INTO tenant_starts (tenant_id, task_id, bytes) VALUES ($1, $2, 1)", tenant_id, task_id)
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND $1 = ANY(pg_blocking_pids(pid))"
+    claim = asyncio.create_task(task_store.claim(claim_of(task_id, tenant_id=tenant_id), limits=limits))
+
+    async def waits() -> bool:
+        return bool(await slow.fetchval(waiting, slow.get_server_pid()))
+
+    await until(waits)
+    await admission.commit()
+    assert await claim
+    starts = "SELECT count(*) FROM tenant_starts WHERE task_id = $1"
+    assert await slow.fetchval(starts, task_id) == 1
+    await slow.close()
 
 
 async def test_a_run_that_was_reset_gets_back_the_claim_that_the_store_lost(
