@@ -23,11 +23,17 @@ export class Refused extends Error {
 
 /** No answer. `isFrozen`: the gateway took the request and stayed silent. */
 export class Away extends Error {
-  constructor(isFrozen) {
-    super(say(isFrozen ? "gateway.frozen" : "gateway.gone"));
+  constructor(isFrozen, text = say(isFrozen ? "gateway.frozen" : "gateway.gone")) {
+    super(text);
     this.isFrozen = isFrozen;
   }
 }
+
+/** Ids of orders that may have arrived, by kind and body: the same order, sent again, is the same task. */
+const unanswered = new Map();
+const NOT_REFUSED = [401, 403, 408, 425, 429]; // the order itself may have been taken before
+
+const newId = (kind) => `${kind === "images" ? "image" : "training"}-${[...crypto.getRandomValues(new Uint8Array(8))].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
 
 /** A body; empty where it is no JSON, as that of a proxy's error. */
 function read(text) {
@@ -64,8 +70,13 @@ export class Api {
     return body;
   }
 
-  #post(path, body) {
-    return this.#request(TASKS + path, { method: "POST", body: stringify(body) });
+  /** Whatever was asked for may be done where no answer comes; asked for again it is done once. */
+  async #post(path, body) {
+    try {
+      return await this.#request(TASKS + path, { method: "POST", body: stringify(body) });
+    } catch (error) {
+      throw error instanceof Away ? new Away(error.isFrozen, say("gateway.unanswered")) : error;
+    }
   }
 
   #of(taskId, what) {
@@ -112,8 +123,18 @@ export class Api {
     return this.#get(this.#of(taskId, `/training-log?after=${after}`));
   }
 
-  start(kind, order) {
-    return this.#post(`/${kind}`, order);
+  /** An order keeps its id until it is answered: somebody presses again, and it is one task. */
+  async start(kind, order) {
+    const named = `${kind} ${stringify(order)}`;
+    if (!unanswered.has(named)) unanswered.set(named, newId(kind));
+    try {
+      const task = await this.#post(`/${kind}`, { ...order, task_id: unanswered.get(named) });
+      unanswered.delete(named);
+      return task;
+    } catch (error) {
+      if (error instanceof Refused && error.status < 500 && !NOT_REFUSED.includes(error.status)) unanswered.delete(named);
+      throw error;
+    }
   }
 
   /** `kind`: what the file is said to be; another one is refused. */

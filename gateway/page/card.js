@@ -199,14 +199,19 @@ export class Card {
     // A long list of files was stored for that task alone.
     if (input.dataset?.files_sha256 || !this.#actions.may(isImage ? "start_image_task" : "start_training_task")) return made;
     const run = async (pressed, changes) => {
-      await this.#act(pressed, () => this.#actions.again(this.task, changes));
+      const hasBegun = await this.#act(pressed, () => this.#actions.again(this.task, changes));
       done();
+      return hasBegun;
     };
     const again = button(say("action.again"), say("action.again.task", { task }), () => run(again, {}));
     made.push(again);
     if (isImage) {
-      const seed = () => crypto.getRandomValues(new Uint32Array(1))[0] % MAX_SEED;
-      const vary = button(say("action.vary"), say("action.vary.task", { task }), () => run(vary, { extras: { ...input.extras, seed: seed() } }));
+      // Pressed again where no answer came, it orders the same.
+      let seed;
+      const vary = button(say("action.vary"), say("action.vary.task", { task }), async () => {
+        seed ??= crypto.getRandomValues(new Uint32Array(1))[0] % MAX_SEED;
+        if (await run(vary, { extras: { ...input.extras, seed } })) seed = undefined;
+      });
       made.push(vary);
     }
     return made;
@@ -232,7 +237,7 @@ export class Card {
   async #act(pressed, act) {
     pressed.disabled = true;
     try {
-      await act();
+      return await act();
     } finally {
       pressed.disabled = false;
     }

@@ -59,8 +59,11 @@ export class StartForm {
       submitted.preventDefault();
       const pressed = form.querySelector("button");
       pressed.disabled = true;
-      await page.start(...this.order());
-      pressed.disabled = false;
+      try {
+        await page.start(...this.order());
+      } finally {
+        pressed.disabled = false;
+      }
     };
   }
 

@@ -87,11 +87,12 @@ const actions = {
     if (outcome === "too_late") throw new Refused(200, { detail: say("too_late", { task: taskId }) });
   }),
   confirm: (taskId, points) => attempt(() => api.confirm(taskId, points)),
-  /** Order the same again, with changes. The list's input may lack files: the task's is whole. */
+  /** Order the same again, with changes. The list's input may lack files: the task's is whole. Returns whether it began. */
   again: (task, changes) => attempt(async () => {
     const { input } = await api.task(task.task_id);
     const kind = task.scene === "image.generate" ? "images" : "trainings";
     started(await api.start(kind, { ...input, ...changes }));
+    return true;
   }),
   trainingLog: (taskId, after) => api.trainingLog(taskId, after),
   large: (card, addresses, n) => large.open(card, addresses, n),

@@ -78,6 +78,33 @@ async def test_a_control_image_and_a_trainings_base_model_are_asked_for_where_th
         await expect(price).to_have_text(f"150 points{included}")
 
 
+@pytest.mark.parametrize("fault", ["swallowed", "bad gateway"])
+async def test_an_order_whose_answer_is_lost_is_one_task_when_start_is_pressed_again(
+    browser: Browser, watched: Watched, fault: str
+) -> None:
+    tenant, begun = unique("tenant"), []
+
+    async def lost(route: Route) -> None:
+        begun.append(await (await route.fetch()).json())
+        await (route.abort() if fault == "swallowed" else route.fulfill(status=502, body="<html>"))
+
+    async with opened(browser, watched, fragment=f"#token={token_of(tenant)}") as seen:
+        page = seen.page
+        await form_opened(page)
+        await page.route("**/api/v1/tasks/images", lost, times=1)
+        start = page.get_by_role("button", name="Start", exact=True)
+        await start.click()
+        text = "may have arrived" if fault == "swallowed" else "The gateway answered 502"
+        await expect(page.locator("#problem")).to_contain_text(text)
+        await start.click()
+        await expect(page.locator("#started")).to_have_text(f"{begun[0]['task_id']} started", timeout=10_000)
+        await expect(page.locator("#problem")).to_be_hidden()
+        await start.click()
+        await expect(page.locator("#started")).not_to_contain_text(begun[0]["task_id"], timeout=10_000)
+        await expect(page.locator("#started")).to_contain_text("started", timeout=10_000)
+        await expect(page.locator("#list article")).to_have_count(2, timeout=10_000)
+
+
 PNG = b"\x89PNG\r\n\x1a\n" + b"a picture"
 DROPPED = """([name, text]) => {
   const dropped = new DataTransfer();
