@@ -1,7 +1,7 @@
 // One task on the page. Foreign text is inserted as text only; an address becomes a link only with http or https.
 
 import { drawLosses, lossesOf } from "./loss.js";
-import { button, copy, drawResults, element, quoted, webAddress } from "./results.js";
+import { button, copy, drawResults, element, fileOf, quoted, webAddress } from "./results.js";
 import { clock, failure, instant, percent, say, since, span } from "./words.js";
 
 export { webAddress };
@@ -271,7 +271,7 @@ export class Card {
     if (input?.images > 1) facts.push(say("fact.images", { n: input.images }));
     if (input?.extras?.seed !== undefined) facts.push(say("fact.seed", { seed: String(input.extras.seed) }));
     for (const { model_id: id, model_url: url, strength = 1 } of input?.loras ?? [])
-      facts.push(say("fact.lora", { model: id ?? decodeURI(new URL(url).pathname.split("/").pop()), strength }));
+      facts.push(say("fact.lora", { model: id ?? fileOf(url), strength }));
     if (ended_at) facts.push(say("fact.took", { time: span((new Date(ended_at) - new Date(created_at)) / 1000) }));
     this.#part.facts.textContent = facts.filter(Boolean).join(" · ");
   }

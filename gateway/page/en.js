@@ -22,6 +22,7 @@ export default {
   "gateway.gone": "The gateway cannot be reached. What is shown may be old; the page connects again by itself.",
   "gateway.frozen": "The gateway does not answer. What is shown may be old; the page tries again by itself.",
   "gateway.unanswered": "No answer came, but the request may have arrived. Press again: it takes effect only once.",
+  "page.broken": "The page cannot show something: {reason}. This is a defect; report it.",
   "gateway.status": "The gateway answered {status}.",
   "too_late": "{task} was delivered or had ended first.",
 

@@ -10,7 +10,7 @@ const BOX = { left: 34, right: 312, top: 8, bottom: 112, width: 320, height: 132
 export function lossesOf(lines) {
   return lines.flatMap(({ message }) => {
     const found = LOSS.exec(message ?? "");
-    return found ? [{ epoch: Number(found[1]), loss: Number(found[2]) }] : [];
+    return found && Number.isFinite(Number(found[2])) ? [{ epoch: Number(found[1]), loss: Number(found[2]) }] : [];
   });
 }
 

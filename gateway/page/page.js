@@ -75,7 +75,7 @@ async function attempt(act) {
     return done;
   } catch (error) {
     if (error instanceof Refused && error.status === 401) askForToken(error);
-    else problem(error instanceof Refused || error instanceof Away ? error : new Error(say("gateway.gone")));
+    else problem(error instanceof Refused || error instanceof Away ? error : new Error(say("page.broken", { reason: error.message })));
     return undefined;
   }
 }
@@ -196,7 +196,8 @@ function refresh(taskId, { isOwn = false } = {}) {
       await place(task, !known).drawLoss();
       trim();
     } catch (error) {
-      if (!(error instanceof Refused)) setTimeout(() => refresh(taskId), 2000);
+      if (error instanceof Away) setTimeout(() => refresh(taskId), 2000);
+      else if (!(error instanceof Refused)) problem(new Error(say("page.broken", { reason: error.message })));
     }
   }, REFRESH_MILLISECONDS));
 }
@@ -224,16 +225,22 @@ async function load({ older = false, anew = false } = {}) {
   if (anew || isGap) for (const card of [...cards.values()]) forget(card);
   if (!older && !anew && !isGap) [...cards.values()].filter((card) => !card.isOver).forEach((card) => refresh(card.task.task_id));
   if (older || anew || isGap || cursor === null) cursor = page.cursor;
+  let unshown = null;
   for (const task of page.tasks) {
-    const card = place(task, false);
-    if (task.status === "failed" || task.confirmation || task.scene === "model.train") refresh(task.task_id);
-    card.showTime();
+    try {
+      const card = place(task, false);
+      if (task.status === "failed" || task.confirmation || task.scene === "model.train") refresh(task.task_id);
+      card.showTime();
+    } catch (error) {
+      unshown = error; // the others are shown all the same
+    }
   }
   // What delays a task is not in the list: whoever opens the page in an outage need not wait to see it.
   const open = page.tasks.map(({ task_id }) => cards.get(task_id)).filter((card) => card && !card.isOver);
   for (const card of open.slice(0, MAX_QUIET)) refresh(card.task.task_id);
   $("older").hidden = !cursor;
   trim();
+  if (unshown) throw unshown;
 }
 
 async function readTenant() {

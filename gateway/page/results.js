@@ -34,6 +34,16 @@ export function webAddress(text) {
   }
 }
 
+/** The name of the file at an address, which may be none. */
+export function fileOf(text) {
+  const name = String(text).split(/[?#]/)[0].split("/").pop();
+  try {
+    return decodeURIComponent(name);
+  } catch {
+    return name;
+  }
+}
+
 function kindOf(address) {
   const { pathname, searchParams } = new URL(address);
   const name = searchParams.get("filename") ?? pathname;

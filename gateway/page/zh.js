@@ -22,6 +22,7 @@ export default {
   "gateway.gone": "无法连接网关。显示的内容可能已过时，页面会自动重新连接。",
   "gateway.frozen": "网关没有应答。显示的内容可能已过时，页面会自动重试。",
   "gateway.unanswered": "没有收到应答，但请求可能已经送达。请再按一次：只会生效一次。",
+  "page.broken": "页面有内容无法显示：{reason}。这是一个缺陷，请报告。",
   "gateway.status": "网关返回了 {status}。",
   "too_late": "{task} 已交付或已结束。",
 

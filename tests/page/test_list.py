@@ -6,7 +6,7 @@ import re
 from datetime import timedelta
 
 import pytest
-from playwright.async_api import Browser, expect
+from playwright.async_api import Browser, Route, expect
 
 from comfyui_temporal.contracts.tasks import Confirmation
 from store import StoredInput
@@ -92,6 +92,45 @@ async def test_tasks_are_searched_filtered_and_paged(browser: Browser, watched: 
         await expect(articles).to_have_count(1)
         await page.get_by_label("Images or trainings").select_option("model.train")
         await expect(articles).to_have_count(0)
+
+
+@pytest.mark.parametrize("address", ["https://h/100%.safetensors", "https://h:99999/a%20model", "no address"])
+async def test_a_task_with_an_odd_model_address_is_shown_among_the_others(
+    browser: Browser, watched: Watched, address: str
+) -> None:
+    tenant = unique("tenant")
+    ids = await stored_tasks(watched, tenant, 2)
+    odd = StoredInput(document={"prompt": "odd", "loras": [{"model_url": address, "sha256": "0" * 64}]})
+    await watched.platform.store.claim(claim_of(task_id := unique("image"), tenant_id=tenant), given=odd)
+    async with opened(browser, watched, fragment=f"#token={token_of(tenant)}") as seen:
+        page = seen.page
+        await expect(page.locator("#list article")).to_have_count(3, timeout=10_000)
+        await expect(card(page, ids[0])).to_be_visible()
+        name = address.rpartition("/")[2].replace("%20", " ")
+        await expect(card(page, task_id)).to_contain_text(f"{name} at 1")
+        await expect(page.locator("#problem")).to_be_hidden()
+
+
+async def test_a_task_that_cannot_be_shown_hides_no_other(browser: Browser, watched: Watched) -> None:
+    tenant = unique("tenant")
+    ids = await stored_tasks(watched, tenant, 3)
+
+    async def broken(route: Route) -> None:
+        """As a newer gateway may answer, with what this page does not know."""
+        given = await (await route.fetch()).json()
+        for task in given["tasks"]:
+            if task["task_id"] == ids[1]:
+                task["credits"] = None
+        await route.fulfill(json=given)
+
+    async with opened(browser, watched, fragment="") as seen:
+        page = seen.page
+        await page.route(re.compile(r"/api/v1/tasks\?"), broken)
+        await page.get_by_label("Token", exact=True).fill(token_of(tenant))
+        await page.get_by_role("button", name="Connect").click()
+        await expect(page.locator("#problem")).to_contain_text("The page cannot show something", timeout=10_000)
+        for task_id in (ids[0], ids[2]):
+            await expect(card(page, task_id)).to_be_visible()
 
 
 async def test_cards_stay_where_they_are_while_others_arrive(browser: Browser, watched: Watched) -> None:
