@@ -30,10 +30,11 @@ from gateway.problems import answer_with_problems
 from gateway.request_limits import RequestLimits
 from gateway.request_log import RequestLog
 from gateway.rollback import Rollback
+from gateway.runs_without_row import view_of_run
 from gateway.safe_answers import SafeAnswers
 from gateway.signatures import CallbackSignatures
 from gateway.start_waits import APPLIED, REPLAYED, StartWaits
-from gateway.streams import stream_routes, task_event_stream
+from gateway.streams import WaitingTasks, stream_routes, task_event_stream
 from gateway.streams_hub import EventHub
 from gateway.task_routes import task_routes
 from gateway.task_runs import TaskRuns
@@ -143,8 +144,9 @@ def create_app(
         files = TaskUploads(uploads, templates := Templates(temporal, task_queue=task_queue))
         tasks = Tasks(temporal, store, lists, files, task_queue=task_queue, door=door, waits=waits)
         rollback = Rollback(temporal, tasks, task_queue=task_queue)
-        streams = task_event_stream(hub, door)
-        app.include_router(stream_routes(hub, door, access, public_url=public_url))
+        waiting = WaitingTasks(partial(view_of_run, temporal))
+        streams = task_event_stream(hub, door, waiting)
+        app.include_router(stream_routes(hub, door, access, public_url=public_url, waiting=waiting))
         app.include_router(
             task_routes(tasks, access, roll_back=rollback.roll_back, event_stream=streams, status_words=status_words)
         )

@@ -4,6 +4,7 @@ Caller, tasks and position are checked as for an ordinary request. After that th
 Annotations are evaluated when this module runs: `stream_routes` makes the dependency that they name.
 """
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Final
@@ -12,17 +13,22 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response, WebSoc
 from starlette.types import Receive, Scope, Send
 
 from comfyui_temporal.contracts.fields import OwnModel
+from comfyui_temporal.contracts.tasks_api import TaskView
 from gateway.access import Access
 from gateway.problems import Problem, ProblemCode, problems
 from gateway.streams_cursors import positions_of
 from gateway.streams_hub import EventHub
 from gateway.streams_subscriber import Subscriber
 from gateway.streams_wires import FRAME_SCHEMA, RETRY_MILLISECONDS, EndReason, SseWire, WebSocketWire
+from gateway.temporal_calls import RunMissing
 from gateway.tenant_limits import TenantDoor
 from runtime.caller_tokens import Caller
 from store import CursorInvalid, StoreFailure, TaskHead
 
 MAX_TASKS: Final = 50
+LOOKUPS_AT_ONCE: Final = 10
+"""Tasks without a row that one process looks up at Temporal at the same time."""
+LOOKUP_SECONDS: Final = 3.0
 MAX_STREAMS: Final = 15_000
 """Limit of one process. A client beyond it is asked to come again and may reach another process."""
 ALL_TASKS: Final = "*"
@@ -116,8 +122,55 @@ class EventStreamResponse(Response):
             self._door.close_stream(self._start.tenant_id)
 
 
+class WaitingTasks:
+    """Tasks that were started and have no row yet: their run waits for a worker (runs_without_row.py)."""
+
+    def __init__(self, view_of: Callable[[str], Awaitable[TaskView | None]]) -> None:
+        """`view_of`: the task by its run, None if there is none. May raise Problem, RunMissing."""
+        self._view_of = view_of
+        self._turns = asyncio.Semaphore(LOOKUPS_AT_ONCE)
+
+    async def heads(self, caller: Caller, task_ids: Sequence[str]) -> dict[str, TaskHead]:
+        """How far those are that the caller sees: at no event. Raises Problem if none could be looked up."""
+        found = await asyncio.gather(*map(self._head, task_ids), return_exceptions=True)
+        for failure in found:
+            if isinstance(failure, BaseException) and not isinstance(failure, (Problem, TimeoutError)):
+                raise failure
+        heads = [head for head in found if isinstance(head, TaskHead)]
+        failed = next((each for each in found if isinstance(each, BaseException)), None)
+        if failed is not None and not heads:
+            if isinstance(failed, Problem):
+                raise failed
+            raise Problem(ProblemCode.TEMPORAL_UNAVAILABLE, "Temporal does not answer now: open the stream again.")
+        return {head.task_id: head for head in heads if caller.sees(tenant_id=head.tenant_id, user_id=head.user_id)}
+
+    async def _head(self, task_id: str) -> TaskHead | None:
+        try:
+            async with asyncio.timeout(LOOKUP_SECONDS), self._turns:
+                view = await self._view_of(task_id)
+        except RunMissing:
+            return None
+        if view is None:
+            return None
+        return TaskHead(
+            task_id=task_id,
+            tenant_id=view.tenant_id,
+            user_id=view.user_id,
+            scene=view.scene,
+            created_at=view.created_at,
+            last_seq=0,
+            has_ended=view.ended_at is not None,
+        )
+
+
 async def checked_start(
-    hub: EventHub, caller: Caller, task_ids: Sequence[str], *, cursor: str | None, all_tasks: bool = False
+    hub: EventHub,
+    caller: Caller,
+    task_ids: Sequence[str],
+    *,
+    cursor: str | None,
+    all_tasks: bool = False,
+    waiting: WaitingTasks | None = None,
 ) -> StreamStart:
     """Check the request for a stream. Raises Problem."""
     if hub.is_draining:
@@ -144,6 +197,12 @@ async def checked_start(
         for task_id in task_ids
         if (head := heads.get(task_id)) and caller.sees(tenant_id=head.tenant_id, user_id=head.user_id)
     }
+    if waiting is not None and (missing := [task_id for task_id in task_ids if task_id not in heads]):
+        try:
+            seen |= await waiting.heads(caller, missing)
+        except Problem:
+            if not seen:
+                raise
     if not seen:
         raise Problem(ProblemCode.TASK_UNKNOWN, f"There is no task {', '.join(task_ids)} of this tenant.")
     return StreamStart(
@@ -198,6 +257,7 @@ _REFUSALS: Final = (
     ProblemCode.TASK_UNKNOWN,
     ProblemCode.RATE_LIMITED,
     ProblemCode.STORE_UNAVAILABLE,
+    ProblemCode.TEMPORAL_UNAVAILABLE,
     ProblemCode.DRAINING,
     ProblemCode.TOKENS_UNVERIFIABLE,
 )
@@ -223,8 +283,18 @@ _STREAM_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def stream_routes(hub: EventHub, door: TenantDoor, access: Access, *, public_url: str | None = None) -> APIRouter:
-    """`public_url`: the address under which clients reach the gateway; default: the address of their request."""
+def stream_routes(
+    hub: EventHub,
+    door: TenantDoor,
+    access: Access,
+    *,
+    public_url: str | None = None,
+    waiting: WaitingTasks | None = None,
+) -> APIRouter:
+    """`public_url`: the address under which clients reach the gateway; default: the address of their request.
+
+    `waiting` finds tasks without a row.
+    """
     router = APIRouter(prefix="/api/v1/tasks", tags=["streams"])
     watcher = access.requires_for_stream()
 
@@ -249,11 +319,13 @@ def stream_routes(hub: EventHub, door: TenantDoor, access: Access, *, public_url
         `subscribe=*` begins now, has no `id` in its frames and cannot be resumed.
 
         `GET /api/v1/tasks/stream/ws` is the same over WebSocket: one JSON object in each message, with a `cursor` to
-        resume from. It closes with 1000 after the last event, 1012 if the process ends, 1013 if it was cut, 3000 if the
-        token has expired.
+        resume from. Where ids are left out, the first is a heartbeat that names them in `unknown_tasks`. It closes with
+        1000 after the last event, 1012 if the process ends, 1013 if it was cut, 3000 if the token has expired.
         """
         task_ids, all_tasks = requested_tasks(task_id, subscribe)
-        start = await checked_start(hub, caller, task_ids, cursor=last_event_id or cursor, all_tasks=all_tasks)
+        start = await checked_start(
+            hub, caller, task_ids, cursor=last_event_id or cursor, all_tasks=all_tasks, waiting=waiting
+        )
         return await _answer(hub, door, start)
 
     @router.websocket("/stream/ws")
@@ -265,11 +337,13 @@ def stream_routes(hub: EventHub, door: TenantDoor, access: Access, *, public_url
         cursor: _Cursor = None,
     ) -> None:
         task_ids, all_tasks = requested_tasks(task_id, subscribe)
-        start = await checked_start(hub, caller, task_ids, cursor=cursor, all_tasks=all_tasks)
+        start = await checked_start(hub, caller, task_ids, cursor=cursor, all_tasks=all_tasks, waiting=waiting)
         headers = await door.open_stream(start.tenant_id)
         try:
             await socket.accept(headers=[(name.encode(), value.encode()) for name, value in headers.items()])
             wire = WebSocketWire(socket)
+            if start.unknown:
+                await wire.name_unknown(start.unknown)
             if start.is_over:
                 await wire.end(EndReason.OVER, RETRY_MILLISECONDS)
                 return
@@ -295,13 +369,16 @@ def stream_routes(hub: EventHub, door: TenantDoor, access: Access, *, public_url
     return router
 
 
-def task_event_stream(hub: EventHub, door: TenantDoor) -> Callable[[Request, Caller, str], Awaitable[Response]]:
+def task_event_stream(
+    hub: EventHub, door: TenantDoor, waiting: WaitingTasks | None = None
+) -> Callable[[Request, Caller, str], Awaitable[Response]]:
     """The live stream of one task, under the address of its history; resumed by `cursor`, `after` or Last-Event-ID."""
 
     async def stream(request: Request, caller: Caller, task_id: str) -> Response:
         last_event_id = request.headers.get("last-event-id")
         cursor = last_event_id or request.query_params.get("cursor") or request.query_params.get("after")
-        start = await checked_start(hub, caller, requested_tasks(task_id, None)[0], cursor=cursor)
+        task_ids, _ = requested_tasks(task_id, None)
+        start = await checked_start(hub, caller, task_ids, cursor=cursor, waiting=waiting)
         return await _answer(hub, door, start)
 
     return stream

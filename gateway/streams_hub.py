@@ -62,12 +62,14 @@ def _sending_of(event: StoredEvent, streams: int) -> AbstractContextManager[obje
 class Feed:
     """A task that at least one stream watches."""
 
-    __slots__ = ("ended_at", "last_seq", "notified_seq", "subscribers", "task_id", "tenant_id", "user_id")
+    __slots__ = ("ended_at", "is_claimed", "last_seq", "notified_seq", "subscribers", "task_id", "tenant_id", "user_id")
 
     def __init__(self, head: TaskHead, *, last_seq: int) -> None:
         self.task_id = head.task_id
         self.tenant_id = head.tenant_id
         self.user_id = head.user_id
+        self.is_claimed = head.last_seq > 0
+        """Whether the task has a row. Until then nothing says that the next events of its id are of the same tenant."""
         self.last_seq = last_seq
         """The newest that the streams were given."""
         self.notified_seq = head.last_seq
@@ -181,7 +183,13 @@ class EventHub:
             feed = self._feeds.get(task_id)
             if feed is None:
                 feed = self._feeds[task_id] = Feed(heads[task_id], last_seq=heads[task_id].last_seq)
+            if feed.tenant_id != subscriber.tenant_id:
+                # Another tenant's run has claimed the id of a task without a row.
+                self._end(subscriber, EndReason.UNAVAILABLE)
+                return
             feed.subscribers.add(subscriber)
+            if not feed.is_claimed:
+                subscriber.mark_caught_up(task_id)
         while (behind := subscriber.behind) and subscriber.ending is None:
             page = max(10, PAGE // len(behind))
             given = {task_id: self._feeds[task_id].last_seq for task_id in behind}
@@ -255,9 +263,9 @@ class EventHub:
 
     def _written(self, task_id: str, seq: int) -> None:
         feed = self._feeds.get(task_id)
-        if feed is not None:
+        if feed is not None and feed.is_claimed:
             self._has_news(feed, seq)
-        elif self._tenants and task_id not in self._strangers:
+        elif feed is not None or (self._tenants and task_id not in self._strangers):
             self._unknown[task_id] = None
             self._news.set()
 
@@ -285,15 +293,17 @@ class EventHub:
                 await asyncio.sleep(SWEEP_SECONDS)
 
     async def _find_new_tasks(self) -> None:
-        """Add tasks that were created after their tenant's first stream."""
+        """Add tasks that were created after their tenant's first stream, and those that were watched without a row."""
         task_ids = list(self._unknown)[:SWEEP_PAGE]
         heads = await self._store.heads(task_ids)
         for task_id in task_ids:
             del self._unknown[task_id]
-            head = heads.get(task_id)
-            if head is not None and head.tenant_id in self._tenants:
+            head, feed = heads.get(task_id), self._feeds.get(task_id)
+            if head is not None and feed is not None:
+                self._goes_on(feed, head)
+            elif head is not None and head.tenant_id in self._tenants:
                 self._begin(head)
-            else:
+            elif feed is None:
                 self._strangers[task_id] = None
         while len(self._strangers) > MAX_STRANGERS:
             self._strangers.popitem(last=False)
@@ -304,6 +314,16 @@ class EventHub:
         if head.task_id not in self._feeds:
             feed = self._feeds[head.task_id] = Feed(head, last_seq=0)
             self._has_news(feed, head.last_seq)
+
+    def _goes_on(self, feed: Feed, head: TaskHead) -> None:
+        """The store says how far a watched task is. One without a row so far may have become another tenant's."""
+        if not feed.is_claimed and (head.tenant_id, head.user_id) != (feed.tenant_id, feed.user_id):
+            for subscriber in list(feed.subscribers):
+                self._end(subscriber, EndReason.UNAVAILABLE)
+            del self._feeds[feed.task_id]
+            return
+        feed.is_claimed = True
+        self._has_news(feed, head.last_seq)
 
     async def _read_events(self) -> None:
         positions = self._next_to_read()
@@ -380,7 +400,7 @@ class EventHub:
                 if feed is not None and head.last_seq < given[task_id]:
                     self._go_back(feed, head)
                 elif feed is not None:
-                    self._has_news(feed, head.last_seq)
+                    self._goes_on(feed, head)
         for tenant_id in list(self._tenants):
             for head in await self._store.recent_heads(tenant_id):
                 self._begin(head)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cached_property
@@ -17,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from starlette.types import Receive, Send
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from comfyui_temporal.contracts.task_events import EventType, Heartbeat, TaskEvent
 
@@ -186,6 +187,13 @@ class WebSocketWire:
     def heartbeat(self, cursor: str | None) -> str:
         return _heartbeat(cursor)
 
+    async def name_unknown(self, task_ids: Sequence[str]) -> None:
+        """A first frame that names the ids that are left out: a browser reads no header of the handshake."""
+        first = Heartbeat(ts=datetime.now(UTC), unknown_tasks=list(task_ids))
+        # The framework raises RuntimeError for a connection that was closed meanwhile: its reader notices that too.
+        with suppress(OSError, RuntimeError, WebSocketDisconnect):
+            await self.write([first.model_dump_json()])
+
     async def write(self, frames: Sequence[bytes | str]) -> None:
         for frame in frames:
             await self._socket.send_text(frame if isinstance(frame, str) else frame.decode())
@@ -199,4 +207,4 @@ class WebSocketWire:
 
 
 def _heartbeat(cursor: str | None) -> str:
-    return Heartbeat(ts=datetime.now(UTC), cursor=cursor).model_dump_json()
+    return Heartbeat(ts=datetime.now(UTC), cursor=cursor).model_dump_json(exclude={"unknown_tasks"})

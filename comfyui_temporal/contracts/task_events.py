@@ -81,3 +81,5 @@ class Heartbeat(OwnModel):
     event: Literal[EventType.HEARTBEAT] = EventType.HEARTBEAT
     ts: Instant
     cursor: str | None = None
+    unknown_tasks: list[str] | None = None
+    """In the first frame of a WebSocket: the ids that the stream leaves out."""
