@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable
@@ -37,6 +38,8 @@ MIN_RSA_BITS: Final = 2_048
 JWKS_KEPT_SECONDS: Final = 300.0
 JWKS_AGAIN_AFTER_SECONDS: Final = 10.0
 JWKS_TIMEOUT_SECONDS: Final = 5.0
+JWKS_WAIT_SECONDS: Final = 0.5
+"""How long the caller that finds the keys old waits for newer ones, before it is read with those that are known."""
 MAX_JWKS_BYTES: Final = 256 * 1024
 
 
@@ -93,7 +96,8 @@ class SharedSecret:
 
 
 class KeySet:
-    """The public keys at a JWKS URL, kept for 5 minutes. During an outage the known ones stay in use.
+    """The public keys at a JWKS URL, kept for 5 minutes. During an outage the known ones stay in use, and callers with
+    a known key wait for nothing.
 
     A key is used with its own algorithm (`alg`), else with those of its kind. RSA keys of fewer than 2,048 bits,
     secrets and keys of other kinds are left out, and logged. A token with an unknown key id causes a new read, at most
@@ -107,18 +111,32 @@ class KeySet:
         self._fetched_at = -math.inf
         self._tried_at = -math.inf
         self._fetching = asyncio.Lock()
+        self._renewing: asyncio.Task[None] | None = None
 
     async def key_for(self, token: str) -> Key:
         key_id = jwt.get_unverified_header(token).get("kid")
         if not isinstance(key_id, str):
             raise TokenRefused("its header names no key (kid)")
-        if key_id not in self._keys or self._clock() - self._fetched_at > JWKS_KEPT_SECONDS:
+        if key_id not in self._keys:
             await self._refresh(key_id)
+        elif self._clock() - self._fetched_at > JWKS_KEPT_SECONDS:
+            await self._renew(key_id)
         if key_id not in self._keys:
             if self._fetched_at == -math.inf:
                 raise TokensUnverifiable(f"The keys at {self.url} could not be read.")
             raise TokenRefused("it is signed with a key that is not in the key set")
         return self._keys[key_id]
+
+    async def _renew(self, key_id: str) -> None:
+        """Read the keys again in the background: only the caller that begins it waits, and not for long."""
+        if self._renewing is not None or self._clock() - self._tried_at < JWKS_AGAIN_AFTER_SECONDS:
+            return
+        self._renewing = asyncio.create_task(self._refresh(key_id))
+        self._renewing.add_done_callback(self._renewed)
+        await asyncio.wait({self._renewing}, timeout=JWKS_WAIT_SECONDS)
+
+    def _renewed(self, _task: asyncio.Task[None]) -> None:
+        self._renewing = None
 
     async def _refresh(self, key_id: str) -> None:
         async with self._fetching:
@@ -128,17 +146,25 @@ class KeySet:
             self._tried_at = self._clock()
             try:
                 self._keys = await self._fetched()
-            except (httpx.HTTPError, jwt.PyJWTError, ValueError, TypeError, AttributeError) as error:
+            except (httpx.HTTPError, jwt.PyJWTError, TimeoutError, ValueError, TypeError, AttributeError) as error:
                 log.warning("jwks_not_read", url=self.url, reason=f"{type(error).__name__}: {error}"[:200])
                 return
             self._fetched_at = self._clock()
 
     async def _fetched(self) -> dict[str, Key]:
-        async with httpx.AsyncClient(timeout=JWKS_TIMEOUT_SECONDS, follow_redirects=False) as http:
-            answer = await http.get(self.url)
-        if not answer.is_success or len(answer.content) > MAX_JWKS_BYTES:
-            raise ValueError(f"status {answer.status_code}, {len(answer.content)} bytes")
-        keys = dict(named for described in answer.json().get("keys") if (named := _named_key(described)))
+        content = bytearray()
+        async with (
+            asyncio.timeout(JWKS_TIMEOUT_SECONDS),
+            httpx.AsyncClient(timeout=JWKS_TIMEOUT_SECONDS, follow_redirects=False) as http,
+            http.stream("GET", self.url) as answer,
+        ):
+            async for chunk in answer.aiter_bytes():
+                content += chunk
+                if not answer.is_success or len(content) > MAX_JWKS_BYTES:
+                    break
+        if not answer.is_success or len(content) > MAX_JWKS_BYTES:
+            raise ValueError(f"status {answer.status_code}, {len(content)} bytes or more")
+        keys = dict(named for described in json.loads(content).get("keys") if (named := _named_key(described)))
         if not keys:
             raise ValueError("it has no key for callers' tokens")
         return keys

@@ -8,7 +8,7 @@ import json
 import time
 import warnings
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import jwt
@@ -24,6 +24,7 @@ from comfyui_temporal.contracts.permissions import Operation, Scope
 from gateway.access import TOKEN_COOKIE
 from gateway.problems import answer_with_problems
 from gateway.tokens import StreamTokens
+from runtime import caller_tokens
 from runtime.caller_tokens import Caller, CallerTokens, KeySet, SharedSecret, TokenRefused, TokensUnverifiable
 from runtime.required_settings import caller_tokens_by
 from runtime.settings import Settings
@@ -116,10 +117,13 @@ class KeyServer:
         self.keys: list[dict[str, Any]] = []
         self.status = 200
         self.asked = 0
+        self.answers = asyncio.Event()
+        self.answers.set()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         self.asked += 1
+        await self.answers.wait()
         body = json.dumps({"keys": self.keys}).encode()
         writer.write(f"HTTP/1.1 {self.status} X\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         await writer.drain()
@@ -314,6 +318,44 @@ async def test_rotated_keys_are_fetched_and_unknown_key_ids_cause_no_flood_of_re
         now += 301
         server.status = 500
         assert (await callers.read(signed("ES256", "old"))).tenant_id == "tenant-a"
+
+
+async def test_callers_with_a_known_key_do_not_wait_for_a_silent_key_server() -> None:
+    server, now = KeyServer(), 1000.0
+    server.keys = [public_jwk("ES256", "old")]
+    async with server.served() as url:
+        callers = CallerTokens(KeySet(url, clock=lambda: now), issuer=ISSUER, audience=AUDIENCE)
+        await callers.read(signed("ES256", "old"))
+        server.answers.clear()
+        for _ in range(3):
+            now += 301
+            began = time.monotonic()
+            for _ in range(10):
+                assert (await callers.read(signed("ES256", "old"))).tenant_id == "tenant-a"
+            await asyncio.gather(*(callers.read(signed("ES256", "old")) for _ in range(10)))
+            assert time.monotonic() - began < 3.0, "less than the five seconds that the server is waited for"
+        server.answers.set()
+
+
+async def test_a_key_server_that_drips_or_floods_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caller_tokens, "JWKS_TIMEOUT_SECONDS", 0.5)
+
+    async def drips(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+        with suppress(OSError):
+            for _ in range(100):
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.1)
+        writer.close()
+
+    server = await asyncio.start_server(drips, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/jwks"
+    began = time.monotonic()
+    with pytest.raises(TokensUnverifiable):
+        await CallerTokens(KeySet(url), issuer=ISSUER, audience=AUDIENCE).read(signed("RS256", "key-1"))
+    assert time.monotonic() - began < 5.0
+    server.close()
 
 
 @pytest.mark.parametrize(
