@@ -13,6 +13,7 @@ from temporalio.client import Client, WorkflowFailureError, WorkflowHandle
 from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
 
 from comfyui_temporal.client.submission import WORKFLOW_TASK_TIMEOUT
+from comfyui_temporal.contracts.fields import shortened
 from comfyui_temporal.contracts.give_back import (
     GIVE_BACK_WORKFLOW,
     GiveBackOrder,
@@ -58,7 +59,7 @@ class Rollback:
         return await self._given_back(task, order)
 
     async def _cancelled(self, caller: Caller, task: TaskView, order: RollbackOrder) -> RollbackOutcome:
-        reason = f"Rolled back by {caller.user_id}. {order.reason}".strip()
+        reason = shortened(f"Rolled back by {caller.user_id}. {order.reason}".strip())
         answer = await self._tasks.cancel(caller, task.task_id, CancelTask(reason=reason))
         now = await self._tasks.owned(caller, task.task_id)
         if answer.outcome == "accepted":

@@ -16,6 +16,7 @@ from proof.simulators.admin_wire import FaultKind
 from store import StoreUnavailable
 from tests.conftest import unique
 from tests.gateway.conftest import OTHER_TOKEN, Api
+from tests.gateway.serving import token_for
 from tests.pausing import pause, unpause
 from tests.waiting import until
 from tests.workflows.platform import answered
@@ -63,6 +64,15 @@ async def test_an_open_task_is_cancelled(api: Api) -> None:
     await check_nothing_left(api, task_id)
     again = await api.call("POST", f"/{task_id}/rollback")
     assert (again.status_code, again.json()["outcome"]) == (200, "nothing_held")
+
+
+async def test_a_reason_as_long_as_is_taken_cancels_the_task(api: Api) -> None:
+    """Its 500 characters may have 2,000 bytes, and stand behind the user's name."""
+    task_id = await waiting_task(api)
+    token = token_for("tenant-demo", "u" * 64)
+    answer = await api.call("POST", f"/{task_id}/rollback", {"reason": "😀" * 500}, token=token)
+    assert (answer.status_code, answer.json().get("outcome")) == (200, "cancelled"), answer.text
+    assert (await api.ended(task_id))["status"] == "cancelled"
 
 
 async def test_a_paused_task_is_reported_paused_and_left_alone(api: Api) -> None:
