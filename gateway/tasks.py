@@ -34,6 +34,7 @@ from comfyui_temporal.contracts.tasks import (
 from comfyui_temporal.contracts.tasks_api import TaskDetail, TaskList, TaskView
 from comfyui_temporal.delays import RPC_TIMEOUT, delays_of
 from comfyui_temporal.encryption import encryption_of
+from comfyui_temporal.encryption_keys import EncryptionError
 from comfyui_temporal.runs import describe_run
 from gateway.inputs import StoredInputs
 from gateway.problems import FieldProblem, Problem, ProblemCode
@@ -238,7 +239,9 @@ class Tasks:
             async with asyncio.timeout(DELAYS_SECONDS):
                 run = await describe_run(self._temporal, view.workflow_id, rpc_timeout=RPC_TIMEOUT)
                 return await delays_of(self._temporal, run, task_id=view.task_id, task_queue=self._task_queue)
-        except (RPCError, TimeoutError):
+        except (RPCError, TimeoutError, RuntimeError, EncryptionError) as error:
+            # RuntimeError: the client has not been able to connect since the gateway's start.
+            log.warning("delays_not_read", task_id=view.task_id, reason=type(error).__name__)
             return []
 
     async def page(self, caller: Caller, filters: TaskFilters) -> TaskList:

@@ -20,11 +20,13 @@ from tests.gateway.conftest import NewRun
 from tests.gateway.serving import (
     Gateway,
     GatewayProcess,
+    bearer,
     delivery,
     gateway_process,
     kept_by,
     served,
     tick,
+    token_for,
     training_tick,
 )
 from tests.store.facts import claim_of
@@ -154,3 +156,11 @@ async def test_out_of_pace_the_newest_tick_is_signalled_by_itself(gateway: Gatew
 
     await until(newest_kept)
     assert len(await kept_by(run)) < last
+
+
+async def test_a_task_is_read_while_temporal_has_been_away_since_the_gateways_start(task_store: TaskStore) -> None:
+    client = await Client.connect("127.0.0.1:9", lazy=True)
+    await task_store.claim(claim_of(task_id := unique("image")))
+    async with served(client, task_store) as gateway:
+        answer = await gateway.http.get(f"/api/v1/tasks/{task_id}", headers=bearer(token_for()))
+    assert (answer.status_code, answer.json()["delays"]) == (200, []), answer.text
