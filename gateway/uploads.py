@@ -173,11 +173,12 @@ class Uploads:
         await self._drop(await self.own(caller, upload_id))
 
     async def keep(self, caller: Caller, upload_id: str, content: bytes, kind: InputKind | None) -> StoredUpload:
-        """A file that came in an order, under an id of its own: a repeat of the order finds it."""
+        """A file that came in an order, under an id of its own: a repeat of the order finds it, and keeps it longer."""
         known = await _stored(self._rows.one(upload_id))
-        if known is not None and known.whole_at is not None:
-            return known
         upload = await self.begin(caller, len(content), kind=kind, upload_id=upload_id)
+        if known is not None and known.whole_at is not None and known.expires_at > datetime.now(UTC):
+            return known.model_copy(update={"expires_at": upload.expires_at})
+        # Of one that had expired the file may be deleted already.
         return await self._put(upload, content)
 
     async def named(self, caller: Caller, upload_ids: list[str]) -> Mapping[str, StoredUpload]:

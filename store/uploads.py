@@ -125,6 +125,12 @@ _FINISH: Final = (
     )
     .returning(uploads)
 )
+_KEEP_LONGER: Final = (
+    update(uploads)
+    .where(uploads.c.upload_id == _ID)
+    .values(expires_at=func.greatest(uploads.c.expires_at, bindparam("until", type_=uploads.c.expires_at.type)))
+    .returning(uploads.c.upload_id)
+)
 CLOCKS_DIFFER: Final = timedelta(hours=1)
 """By less than this: those of gateways, Temporal, the store and the storage."""
 _MAY_BE_NAMED: Final = exists().where(
@@ -148,9 +154,9 @@ _DELETE: Final = delete(uploads).where(uploads.c.upload_id == any_(_IDS))
 
 
 async def admit(connection: AsyncConnection, upload: StoredUpload, limits: TenantLimits) -> Admission:
-    """Store a new upload with its whole size, if the tenant's limits allow it. One that is known is admitted again."""
+    """Store a new upload with its whole size, if the tenant's limits allow it. One that is known is kept longer."""
     await connection.execute(_LOCK, {"tenant": upload.tenant_id})
-    if (await connection.execute(_ONE, {"id": upload.upload_id})).one_or_none() is not None:
+    if await connection.scalar(_KEEP_LONGER, {"id": upload.upload_id, "until": upload.expires_at}) is not None:
         return Admission()
     kept, unfinished = (await connection.execute(_USED, {"tenant": upload.tenant_id})).one()
     used = (

@@ -14,7 +14,11 @@ import pytest
 
 from comfyui_temporal.contracts.size_budget import MAX_EXTRAS_BYTES
 from comfyui_temporal.contracts.tasks import workflow_id_of
+from comfyui_temporal.contracts.tenant_limits import NO_LIMITS
+from gateway.body_memory import BodyMemory
 from gateway.request_limits import MAX_BODY_BYTES
+from gateway.uploads import Uploads
+from runtime.caller_tokens import Caller
 from tests.conftest import unique
 from tests.gateway.conftest import DEMO_TOKEN, OTHER_TOKEN, Api
 from tests.gateway.serving import answer_to_head, bearer, served, token_for
@@ -123,6 +127,28 @@ async def test_a_file_within_an_order_becomes_an_upload_and_is_in_no_history(api
     body["controls"] = [{"image_url": inline(PNG)}]
     other = await api.call("POST", "/images", body, X_Idempotency_Key=key)
     assert (other.status_code, other.json()["code"]) == (409, "task_exists")
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+async def test_a_file_of_an_order_that_is_repeated_later_is_kept_as_if_it_were_new(
+    api: Api, postgres_dsn: str, is_deleted: bool
+) -> None:
+    """Its first try stored the file and started nothing; by the second one it had expired, or nearly."""
+    uploads = Uploads(api.platform.store, api.uploads, lambda _tenant: NO_LIMITS, BodyMemory())
+    caller = Caller(tenant_id="tenant-demo", user_id="user-demo", scopes=[], expires_at=0)
+    first = await uploads.keep(caller, upload_id := unique("upload"), LARGE, None)
+    connection = await asyncpg.connect(postgres_dsn)
+    age = "UPDATE uploads SET expires_at = now() + $2::interval WHERE upload_id = $1"
+    await connection.execute(age, upload_id, timedelta(hours=-2 if is_deleted else 2))
+    if is_deleted:
+        kept(api, upload_id).unlink()
+    again = await uploads.keep(caller, upload_id, LARGE, None)
+    assert await connection.fetchval("SELECT expires_at FROM uploads WHERE upload_id = $1", upload_id) >= (
+        first.expires_at
+    )
+    assert again.expires_at >= first.expires_at and again.whole_at == first.whole_at
+    assert kept(api, upload_id).read_bytes() == LARGE
+    await connection.close()
 
 
 @pytest.mark.parametrize(
