@@ -27,6 +27,8 @@ let form;
 let large;
 let links = {};
 let tenant = null;
+let isTyped = false; // the token: then the task in the address is of whoever was here before
+let views = 0; // how often the list began anew: a page that was asked for before is of another list
 let tenantTimer = null;
 let cursor = null;
 let detailed = null;
@@ -220,8 +222,12 @@ function happened(event) {
 
 /** The newest tasks. What is shown stays where it is, unless tasks between it and the newest may be missing. */
 async function load({ older = false, anew = false } = {}) {
+  if (anew) views += 1;
+  const view = views;
   const page = await api.list(filters(), older ? cursor : null);
+  if (view !== views) return;
   const isGap = !older && page.cursor && !page.tasks.some(({ task_id }) => cards.has(task_id));
+  if (isGap) views += 1;
   if (anew || isGap) for (const card of [...cards.values()]) forget(card);
   if (!older && !anew && !isGap) [...cards.values()].filter((card) => !card.isOver).forEach((card) => refresh(card.task.task_id));
   if (older || anew || isGap || cursor === null) cursor = page.cursor;
@@ -244,11 +250,17 @@ async function load({ older = false, anew = false } = {}) {
 }
 
 async function readTenant() {
+  const asked = api;
+  let found;
   try {
-    tenant = await api.tenant();
+    found = await api.tenant();
   } catch {
     return; // the stream says what is wrong
   }
+  if (asked !== api) return;
+  // Nothing of another tenant or user stays: cards, what is on its way, the form's choices.
+  if (tenant && (tenant.tenant_id !== found.tenant_id || tenant.user_id !== found.user_id)) return startAgain();
+  tenant = found;
   const { tenant_id, balance, balance_at, running, queued, operations } = tenant;
   const parts = [["name", tenant_id], ["running", say("tenant.running", { n: running })], ["queued", say("tenant.queued", { n: queued })]];
   if (balance !== null) parts.splice(1, 0, ["balance", say("tenant.balance", { points: balance })]);
@@ -259,6 +271,15 @@ async function readTenant() {
   $("start").hidden = !mayStart;
   $("readonly").hidden = CHANGES.some((operation) => operations.includes(operation));
   temporalLink(tenant_id);
+}
+
+/** With the token of this tab, as if the page had just been opened. */
+function startAgain() {
+  live?.stop();
+  $("all").hidden = $("detail").hidden = true;
+  if (isTyped) history.replaceState(null, "", location.pathname + location.search);
+  location.reload();
+  return new Promise(() => {});
 }
 
 function readTenantSoon() {
@@ -322,8 +343,7 @@ async function begin(token) {
       connection("live", say("connection.live"));
       away(null);
       // The stream first, then the list: a change in between is in both, and none is missed.
-      attempt(load);
-      readTenantSoon();
+      readTenant().then(() => attempt(load));
     },
     heard: () => {
       connection("live", say("connection.live"));
@@ -345,6 +365,7 @@ function wireForms() {
     sessionStorage.setItem(TOKEN, $("token").value.trim());
     $("token").value = "";
     problem(null);
+    isTyped = true;
     begin(sessionStorage.getItem(TOKEN));
   };
   form = new StartForm({
@@ -403,7 +424,10 @@ route();
 addEventListener("hashchange", () => {
   const had = sessionStorage.getItem(TOKEN);
   const given = givenToken();
-  if (given && given !== had) begin(given);
+  if (given && given !== had) {
+    isTyped = false;
+    begin(given);
+  }
   route();
 });
 if (token) begin(token);

@@ -11,6 +11,8 @@ from playwright.async_api import Browser, Route, expect
 from comfyui_temporal import TemporalTasks
 from tests.conftest import unique
 from tests.page.conftest import PAYER, Watched, opened
+from tests.page.test_cards import token_of
+from tests.page.test_list import stored_tasks
 from tests.page.test_page import card, is_live
 from tests.waiting import until
 from tests.workflows.platform import CALLERS, task_id_of
@@ -119,3 +121,24 @@ async def test_it_is_live_only_while_heartbeats_come(browser: Browser, watched: 
         handle = await watched.platform.start_image()
         await is_live(page)
         await handle.result()
+
+
+@pytest.mark.parametrize("by", ["form", "address"])
+async def test_nothing_of_a_tenant_stays_when_another_tenants_token_is_given(
+    browser: Browser, watched: Watched, by: str
+) -> None:
+    one, other = unique("tenant"), unique("tenant")
+    old, new = await stored_tasks(watched, one, 2), await stored_tasks(watched, other, 1)
+    token = CALLERS.made_for(one, "user-a", **({"valid_seconds": 6} if by == "form" else {}))
+    async with opened(browser, watched, fragment=f"#token={token}") as seen:
+        page = seen.page
+        await expect(card(page, old[0])).to_be_visible(timeout=10_000)
+        if by == "form":
+            await expect(page.get_by_role("alert")).to_have_text(re.compile("^The token has expired"), timeout=20_000)
+            await page.get_by_label("Token", exact=True).fill(token_of(other))
+            await page.get_by_role("button", name="Connect").click()
+        else:
+            await page.evaluate("token => { location.hash = `token=${token}`; }", token_of(other))
+        await expect(card(page, new[0])).to_be_visible(timeout=10_000)
+        await expect(page.locator("#list article")).to_have_count(1)
+        await expect(page.locator("#tenant")).to_contain_text(other)
