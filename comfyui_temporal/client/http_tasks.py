@@ -49,6 +49,8 @@ SILENCE_SECONDS: Final = 40.0
 PAUSES_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Pauses before each new try to open a stream. The last one repeats."""
 UPLOAD_SECONDS: Final = 120.0
+LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+"""Each stream and each start that waits keeps a connection: with a limit, many of them leave none for a call."""
 MAX_PAGE: Final = 200
 APPLIED: Final = "preference-applied"
 REPLAYED: Final = "idempotent-replayed"
@@ -84,6 +86,7 @@ class HttpTasks:
         self._http = httpx.AsyncClient(
             base_url=base_url,
             timeout=httpx.Timeout(timeout_seconds, connect=CONNECT_SECONDS),
+            limits=LIMITS,
             transport=transport,
         )
 
