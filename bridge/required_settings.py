@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import re
 import signal
 from asyncio import Event, get_running_loop
 from pathlib import Path
+from typing import Final
 
 from pydantic import SecretStr
 
@@ -14,6 +16,8 @@ from bridge.templates import TemplateProblem
 from comfyui_temporal.contracts.permissions import Scene
 from runtime.required_settings import CannotStart
 from runtime.settings import Settings
+
+_HEADER_VALUE: Final = re.compile(r"([\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?)?")
 
 
 def template_folders_by(settings: Settings) -> list[Path]:
@@ -76,9 +80,12 @@ def server_headers_by(settings: Settings) -> dict[str, str]:
         encoded = base64.b64encode(login.get_secret_value().encode()).decode()
         headers["Authorization"] = SecretStr(f"Basic {encoded}")
     found = {name: value.get_secret_value() for name, value in headers.items()}
-    unusable = [name for name, value in found.items() if not (value.isascii() and value.isprintable())]
+    unusable = [name for name, value in found.items() if not _HEADER_VALUE.fullmatch(value)]
     if unusable:
-        raise CannotStart(f"The header {unusable[0]} for the ComfyUI server has a value that no header may have.")
+        raise CannotStart(
+            f"The header {unusable[0]} for the ComfyUI server has a value that no header may have: a space at its end, "
+            "a line end or an accent."
+        )
     return found
 
 

@@ -266,7 +266,9 @@ class NativeServer(OwnsClient):
             raise self._unavailable(path, error) from None
 
     def _unavailable(self, path: str, error: Exception) -> ServerUnavailable:
-        reason = shortened(repaired(str(error)), 200) or type(error).__name__
+        # What h11 says of a request that it cannot send repeats its headers, and so the proxy's secret.
+        text = "" if isinstance(error, httpx.LocalProtocolError) else str(error)
+        reason = shortened(repaired(text), 200) or type(error).__name__
         kind = NotListening if isinstance(error, httpx.ConnectError) else ServerUnavailable
         return kind(f"ComfyUI at {self.url} did not answer {path}: {reason}")
 

@@ -65,7 +65,9 @@ def typed_transport_errors(url: httpx.URL) -> Iterator[None]:
         yield
     except (httpx.HTTPError, httpx.StreamError) as error:
         where = f"{url.scheme}://{url.netloc.decode('ascii', 'replace')}"
-        cause = str(error) or type(error).__name__
+        # What h11 says of a request that it cannot send repeats its headers, and so the token.
+        is_quotable = not isinstance(error, httpx.LocalProtocolError)
+        cause = (str(error) if is_quotable else "") or type(error).__name__
         raise GatewayUnavailable(f"The gateway at {where} does not answer: {cause}.") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -17,7 +18,9 @@ from httpx_sse import EventSource
 from pydantic import BaseModel, ValidationError
 
 from comfyui_temporal.client.errors import (
+    AccessDenied,
     GatewayUnavailable,
+    InvalidInput,
     Unavailable,
     UnexpectedReply,
     UnknownTask,
@@ -56,6 +59,7 @@ APPLIED: Final = "preference-applied"
 REPLAYED: Final = "idempotent-replayed"
 ENDS: Final = frozenset({EventType.COMPLETED, EventType.FAILED, EventType.CANCELLED})
 Model = TypeVar("Model", bound=BaseModel)
+_HEADER_SAFE: Final = re.compile(r"[\x21-\x7e]+")
 
 
 class HttpTasks:
@@ -256,13 +260,18 @@ class HttpTasks:
             return response
         raise task_error(response, None)
 
-    def _headers(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self._token if isinstance(self._token, str) else self._token()}"}
+    def _headers(self, cursor: str | None = None) -> dict[str, str]:
+        """Raises AccessDenied, InvalidInput, without a word of what cannot be sent."""
+        token = (self._token if isinstance(self._token, str) else self._token()).strip()
+        if not _HEADER_SAFE.fullmatch(token):
+            raise AccessDenied("The token is empty or has characters that no token has: spaces, line ends or accents.")
+        if cursor and not _HEADER_SAFE.fullmatch(cursor):
+            raise InvalidInput("The cursor is not one of this gateway's.", code="cursor_invalid")
+        return {"authorization": f"Bearer {token}", **({"last-event-id": cursor} if cursor else {})}
 
     async def _stream(self, task_id: str, cursor: str | None) -> AsyncGenerator[TaskEvent | None, None]:
         """One connection: events, and None for a heartbeat. Raises _AllSentBefore, TaskError."""
-        headers = self._headers() | ({"last-event-id": cursor} if cursor else {})
-        timeout = httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS)
+        headers, timeout = self._headers(cursor), httpx.Timeout(CONNECT_SECONDS, read=SILENCE_SECONDS)
         with typed_transport_errors(self._http.base_url):
             async with self._http.stream(
                 "GET", f"{TASKS}/stream/sse", params={"task_id": task_id}, headers=headers, timeout=timeout

@@ -7,7 +7,7 @@ from pydantic import SecretStr
 
 from bridge.native import NativeServer as NativeClient
 from bridge.required_settings import server_headers_by
-from bridge.server import UnexpectedAnswer
+from bridge.server import ServerUnavailable, UnexpectedAnswer
 from runtime.required_settings import CannotStart
 from runtime.settings import Settings
 from tests.bridge.native import NativeServer
@@ -64,6 +64,29 @@ def test_two_settings_for_one_header_are_refused_without_a_secret() -> None:
     for wrong in ({"gpu_server_login": SecretStr("no-colon")}, {"gpu_server_token": SecretStr("two\nlines")}):
         with pytest.raises(CannotStart):
             server_headers_by(settings_with(**wrong))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"gpu_server_token": SecretStr("a-token ")},
+        {"gpu_server_token": SecretStr("")},
+        {"gpu_server_headers": {"X-Api-Key": SecretStr("a-token\t")}},
+        {"gpu_server_headers": {"X-Api-Key": SecretStr("a-tokén")}},
+    ],
+    ids=str,
+)
+def test_a_header_that_cannot_be_sent_is_refused_at_the_start_without_a_secret(given: dict[str, object]) -> None:
+    with pytest.raises(CannotStart, match="no header may have") as refused:
+        server_headers_by(settings_with(**given))
+    assert "a-tok" not in str(refused.value)
+
+
+async def test_a_request_that_is_no_http_is_not_quoted(native: NativeServer) -> None:
+    async with NativeClient(native.url, headers={"Authorization": "Bearer a-token\n"}) as server:
+        with pytest.raises(ServerUnavailable) as refused:
+            await server.describe()
+    assert "a-token" not in str(refused.value)
 
 
 def test_what_a_proxy_demands_is_hidden_in_logs() -> None:

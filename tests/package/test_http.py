@@ -189,6 +189,39 @@ async def test_a_token_is_made_for_each_call(whole: Platform, token: str) -> Non
         assert (await tasks.show(task_id)).task.task_id == task_id
 
 
+@pytest.mark.parametrize("unusable", ["SECRET\nWORD", "SECRET WORD", "SECRÉT", "SECRET\x00", "  \n", ""])
+async def test_a_token_that_cannot_be_sent_is_refused_and_not_repeated(unusable: str) -> None:
+    async with HttpTasks("http://127.0.0.1:9", unusable) as tasks:
+        for call in (tasks.show("task-1"), tasks.upload(b"\x89PNG"), anext(tasks.events("task-1"))):
+            with pytest.raises(AccessDenied) as refused:
+                await call
+            assert "SECR" not in str(refused.value)
+
+
+async def test_a_token_from_a_file_may_end_with_its_line(whole: Platform, token: str) -> None:
+    task_id = await started(whole)
+    async with HttpTasks(whole.gateway_url, f"{token}\n") as tasks:
+        assert (await tasks.show(task_id)).task.task_id == task_id
+
+
+@pytest.mark.parametrize("cursor", ["a\nb", "é"])
+async def test_a_cursor_that_cannot_be_sent_is_refused(cursor: str) -> None:
+    async with HttpTasks("http://127.0.0.1:9", "token") as tasks:
+        with pytest.raises(InvalidInput) as refused:
+            await anext(tasks.events("task-1", cursor=cursor))
+        assert refused.value.code == "cursor_invalid"
+
+
+async def test_a_request_that_is_no_http_is_not_quoted() -> None:
+    def refuse(_: httpx.Request) -> httpx.Response:
+        raise httpx.LocalProtocolError("Illegal header value b'Bearer SECRET'")
+
+    async with HttpTasks("http://gateway.test", "token", transport=httpx.MockTransport(refuse)) as tasks:
+        with pytest.raises(GatewayUnavailable) as refused:
+            await tasks.show("task-1")
+    assert "SECRET" not in str(refused.value)
+
+
 async def test_a_task_that_no_worker_takes_is_unavailable_not_unknown(whole: Platform, token: str) -> None:
     """Its run has been started, but has not claimed its id: the gateway has no events of it yet."""
     task = ImageTask.model_validate(whole.image())
