@@ -60,13 +60,17 @@ class CreditsRefused(TaskError):
 
 
 class TaskExists(TaskError):
-    """A task with another input has this task id. Nothing was started, and that task was not changed."""
+    """A task with another input has this task id. Nothing was started, and that task was not changed.
+
+    `code`: `task_exists`, or `task_conflict` of a start that waits: something else used the task's idempotency keys.
+    """
 
     default_code = FailureCode.TASK_EXISTS.value
 
-    def __init__(self, task_id: str) -> None:
+    def __init__(self, task_id: str, *, code: str | None = None) -> None:
         self.task_id = task_id
-        super().__init__(f"The task_id {task_id!r} cannot be used with this input; nothing was started or changed.")
+        sentence = f"The task_id {task_id!r} cannot be used with this input; nothing was started or changed."
+        super().__init__(sentence, code=code)
 
 
 class UnknownTask(TaskError):
@@ -127,7 +131,7 @@ def start_refused(task_id: str, code: str, sentence: str) -> TaskError | None:
         return CreditsRefused(sentence, code=code)
     if code in INPUT_REFUSED:
         return InvalidInput(sentence, code=code)
-    return TaskExists(task_id) if code in ID_REFUSED else None
+    return TaskExists(task_id, code=code) if code in ID_REFUSED else None
 
 
 def checked(model: type[Model], **values: Any) -> Model:

@@ -37,7 +37,7 @@ _ERROR_OF_CODE: Final[dict[str, type[TaskError]]] = {
     "upload_expired": InvalidInput,
     "uploads_not_offered": InvalidInput,
     "task_exists": TaskExists,
-    "task_conflict": UnexpectedReply,
+    "task_conflict": TaskExists,
     "task_over": TaskOver,
     "temporal_unavailable": TemporalUnavailable,
     "worker_unavailable": WorkerUnavailable,
@@ -82,7 +82,7 @@ def task_error(response: httpx.Response, task_id: str | None) -> TaskError:
         return CreditsRefused(problem.detail, code=problem.code or None)
     kind = _ERROR_OF_CODE.get(problem.code)
     if kind is TaskExists:
-        return TaskExists(task_id or "")
+        return TaskExists(task_id or "", code=problem.code)
     if kind is InvalidInput:
         fields = {one.field: one.message for one in problem.fields}
         return InvalidInput(problem.detail, code=problem.code, fields=fields)

@@ -25,8 +25,10 @@ from comfyui_temporal import (
     UnknownTask,
     WorkerUnavailable,
 )
-from comfyui_temporal.client.errors import CreditsRefused
+from comfyui_temporal.client.errors import CreditsRefused, start_refused
 from comfyui_temporal.client.submission import start_task
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.start_answer import CREDITS_REFUSED, ID_REFUSED, INPUT_REFUSED
 from gateway.problems import Problem, ProblemCode, input_invalid
 from tests.cable import Cable
 from tests.conftest import unique
@@ -36,7 +38,7 @@ from tests.workflows.platform import CALLERS, Platform
 ERROR_OF = {
     ProblemCode.INPUT_INVALID: InvalidInput,
     ProblemCode.DATASET_INVALID: InvalidInput,
-    ProblemCode.TASK_CONFLICT: UnexpectedReply,
+    ProblemCode.TASK_CONFLICT: TaskExists,
     ProblemCode.INSUFFICIENT_BALANCE: CreditsRefused,
     ProblemCode.QUOTA_EXCEEDED: CreditsRefused,
     ProblemCode.PRICE_MISMATCH: CreditsRefused,
@@ -91,6 +93,17 @@ async def test_every_problem_of_the_gateway_is_one_typed_error(code: ProblemCode
             await tasks.show("task-1")
     assert type(raised.value) is ERROR_OF[code]
     assert raised.value.code == code.value
+
+
+@pytest.mark.parametrize("code", [*CREDITS_REFUSED, *INPUT_REFUSED, *ID_REFUSED])
+async def test_a_start_that_waits_is_refused_alike_by_temporal(code: FailureCode) -> None:
+    problem = Problem(ProblemCode(code), "A sentence.").response()
+    status = httpx.codes.PAYMENT_REQUIRED if code in CREDITS_REFUSED else problem.status_code
+    by_temporal = start_refused("task-1", code, "A sentence.")
+    async with answering(status, bytes(problem.body)) as tasks:
+        with pytest.raises(TaskError) as over_http:
+            await tasks.cancel("task-1")
+    assert (type(by_temporal), getattr(by_temporal, "code", None)) == (type(over_http.value), over_http.value.code)
 
 
 async def test_a_refused_input_names_its_fields() -> None:
