@@ -161,6 +161,7 @@ class HttpTasks:
                             continue
                         cursor = event.cursor
                         yield event
+                        heard_at = time.monotonic()  # what its reader did with it was no silence
                         if event.event in ENDS:
                             return
             except _AllSentBefore:
@@ -168,7 +169,7 @@ class HttpTasks:
             except Unavailable:
                 if time.monotonic() - heard_at >= self._patience_seconds:
                     raise
-            await asyncio.sleep(PAUSES_SECONDS[min(tries, len(PAUSES_SECONDS) - 1)])
+            await asyncio.sleep(_pause_after(tries))
             tries += 1
 
     async def wait(self, task_id: str) -> TaskOutcome:
@@ -176,10 +177,10 @@ class HttpTasks:
         async with aclosing(self.events(task_id)) as events:
             async for _ in events:
                 pass
-        outcome = (await self.show(task_id)).outcome
-        if outcome is None:
+        view = await self._view_patiently(task_id)
+        if not view.status.is_end():
             raise UnexpectedReply(f"The stream of task {task_id!r} ended, but the task has not.")
-        return outcome
+        return _outcome(view)
 
     async def show(self, task_id: str) -> TaskDetails:
         """The task's current state. Raises UnknownTask."""
@@ -226,6 +227,18 @@ class HttpTasks:
 
     async def _view(self, task_id: str) -> TaskDetail:
         return _read(TaskDetail, await self._answered("GET", _path(task_id), task_id=task_id))
+
+    async def _view_patiently(self, task_id: str) -> TaskDetail:
+        """The task, read again during an outage as its stream would be opened again."""
+        since, tries = time.monotonic(), 0
+        while True:
+            try:
+                return await self._view(task_id)
+            except Unavailable:
+                if time.monotonic() - since >= self._patience_seconds:
+                    raise
+            await asyncio.sleep(_pause_after(tries))
+            tries += 1
 
     async def _answered(
         self,
@@ -320,6 +333,10 @@ class HttpTasks:
 
 class _AllSentBefore(Exception):
     """The task has ended, and its last event is before the cursor."""
+
+
+def _pause_after(tries: int) -> float:
+    return PAUSES_SECONDS[min(tries, len(PAUSES_SECONDS) - 1)]
 
 
 def _path(task_id: str) -> str:

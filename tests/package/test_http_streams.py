@@ -2,12 +2,88 @@
 
 from __future__ import annotations
 
-from comfyui_temporal import HttpTasks, ImageTask, TaskStatus
-from comfyui_temporal.contracts.task_events import EventType
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+
+import httpx
+import pytest
+
+from comfyui_temporal import GatewayUnavailable, HttpTasks, ImageTask, TaskStatus
+from comfyui_temporal.contracts.comfyui import TaskPriority
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.task_events import EventType, Heartbeat, TaskEvent
+from comfyui_temporal.contracts.tasks_api import TaskDetail
 from tests.workflows.platform import Platform
 
 STREAMS = 101
 """One more than the connections that httpx allows by default."""
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def event(seq: int, kind: EventType, status: TaskStatus) -> TaskEvent:
+    return TaskEvent(
+        event_id=f"task-1:{seq}",
+        seq=seq,
+        event=kind,
+        task_id="task-1",
+        task_type=Scene.IMAGE_GENERATE,
+        attempt=1,
+        status=status,
+        ts=NOW,
+        cursor=f"cursor-{seq}",
+    )
+
+
+RUNNING = event(1, EventType.RUNNING, TaskStatus.RUNNING)
+COMPLETED = event(2, EventType.COMPLETED, TaskStatus.COMPLETED)
+
+
+def view(status: TaskStatus) -> TaskDetail:
+    return TaskDetail(
+        task_id="task-1",
+        tenant_id="tenant-demo",
+        user_id="user-demo",
+        scene=Scene.IMAGE_GENERATE,
+        template_id="text-to-image",
+        priority=TaskPriority.STANDARD,
+        resolution="hd",
+        workflow_id="task-task-1",
+        status=status,
+        created_at=NOW,
+        updated_at=NOW,
+        last_seq=2,
+    )
+
+
+class Frames(httpx.AsyncByteStream):
+    """A stream that is cut after these frames."""
+
+    def __init__(self, *sent: TaskEvent | Heartbeat) -> None:
+        self._sent = sent
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for one in self._sent:
+            yield f"event: {one.event}\ndata: {one.model_dump_json()}\n\n".encode()
+        raise httpx.ReadError("cut")
+
+
+def gateway_of(
+    streams: list[tuple[TaskEvent | Heartbeat, ...]], views: Callable[[], httpx.Response], **options: float
+) -> HttpTasks:
+    """A gateway whose streams are these, one after the other, and are cut."""
+    opened = iter(streams)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if not request.url.path.endswith("/stream/sse"):
+            return views()
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Frames(*next(opened)))
+
+    return HttpTasks("http://gateway.test", "token", transport=httpx.MockTransport(answer), **options)
+
+
+def shown(status: TaskStatus, **fields: int) -> httpx.Response:
+    return httpx.Response(200, content=view(status).model_copy(update=fields).model_dump_json())
 
 
 async def test_many_streams_leave_connections_for_calls(whole: Platform, token: str) -> None:
@@ -25,3 +101,23 @@ async def test_many_streams_leave_connections_for_calls(whole: Platform, token: 
         for stream in streams:
             assert [one async for one in stream][-1].event == EventType.CANCELLED
         assert (await tasks.wait(other.task_id)).status is TaskStatus.COMPLETED
+
+
+async def test_an_outage_after_the_last_event_is_waited_out() -> None:
+    answers = iter([httpx.Response(503), httpx.Response(200, content=view(TaskStatus.COMPLETED).model_dump_json())])
+    async with gateway_of([(COMPLETED,)], lambda: next(answers)) as tasks:
+        assert (await tasks.wait("task-1")).status is TaskStatus.COMPLETED
+    async with gateway_of([(COMPLETED,)], lambda: httpx.Response(503), patience_seconds=0) as tasks:
+        with pytest.raises(GatewayUnavailable):
+            await tasks.wait("task-1")
+
+
+async def test_time_that_a_reader_takes_is_not_the_gateways_silence() -> None:
+    patience_seconds = 0.2
+    streams: list[tuple[TaskEvent | Heartbeat, ...]] = [(RUNNING,), (COMPLETED,)]
+    seen: list[int] = []
+    async with gateway_of(streams, lambda: shown(TaskStatus.RUNNING), patience_seconds=patience_seconds) as tasks:
+        async for one in tasks.events("task-1"):
+            seen.append(one.seq)
+            await asyncio.sleep(2 * patience_seconds)  # it works on the event
+    assert seen == [RUNNING.seq, COMPLETED.seq]
