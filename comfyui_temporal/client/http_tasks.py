@@ -145,6 +145,8 @@ class HttpTasks:
             async for event in events:
                 newest = await self._update_after(event, newest)
                 yield newest
+        if newest is None and cursor is None:  # it ended before it had an event: no worker had taken it
+            yield TaskUpdate(**_progress(await self._view_patiently(task_id)).model_dump())
 
     async def events(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskEvent, None]:
         """The task's events (contract §6), each once: history, then live, until it ends. Reconnects automatically.
@@ -301,7 +303,9 @@ class HttpTasks:
     async def _refused(self, response: httpx.Response, task_id: str) -> Exception:
         error = task_error(response, task_id)
         if isinstance(error, UnknownTask):
-            await self._view(task_id)  # raises UnknownTask too, unless the task's run has just started
+            # Raises UnknownTask too, unless the task's run has started and no worker has taken it.
+            if (await self._view(task_id)).status.is_end():
+                return _AllSentBefore()
             return GatewayUnavailable(f"No worker has taken task {task_id!r} yet: it has no events so far.")
         return error
 
@@ -332,7 +336,7 @@ class HttpTasks:
 
 
 class _AllSentBefore(Exception):
-    """The task has ended, and its last event is before the cursor."""
+    """The task has ended, and its last event is before the cursor, or it never had one."""
 
 
 def _pause_after(tries: int) -> float:

@@ -10,10 +10,12 @@ import httpx
 import pytest
 
 from comfyui_temporal import GatewayUnavailable, HttpTasks, ImageTask, TaskStatus
+from comfyui_temporal.client.submission import start_task
 from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.task_events import EventType, Heartbeat, TaskEvent
 from comfyui_temporal.contracts.tasks_api import TaskDetail
+from tests.conftest import unique
 from tests.workflows.platform import Platform
 
 STREAMS = 101
@@ -101,6 +103,20 @@ async def test_many_streams_leave_connections_for_calls(whole: Platform, token: 
         for stream in streams:
             assert [one async for one in stream][-1].event == EventType.CANCELLED
         assert (await tasks.wait(other.task_id)).status is TaskStatus.COMPLETED
+
+
+async def test_the_end_of_a_task_that_no_worker_took_is_said(whole: Platform, token: str) -> None:
+    task = ImageTask.model_validate(whole.image())
+    async with HttpTasks(whole.gateway_url, token) as tasks, asyncio.timeout(40):
+        waiting = await start_task(whole.client, task, task_queue=unique("queue"))
+        early = asyncio.create_task(tasks.wait(task.task_id))
+        await waiting.handle.terminate()
+        outcome = await tasks.wait(task.task_id)
+        assert (outcome.status, outcome.code) == (TaskStatus.FAILED, "terminated")
+        [last] = [update async for update in tasks.follow(task.task_id)]
+        assert last.status is TaskStatus.FAILED
+        assert last.error_details is not None and last.error_details.code == "terminated"
+        assert (await early).code == "terminated"
 
 
 async def test_an_outage_after_the_last_event_is_waited_out() -> None:
