@@ -296,9 +296,15 @@ class HttpTasks:
                 if not response.is_success:
                     await response.aread()
                     raise await self._refused(response, task_id)
+                watch = _Watch(cursor)
                 async for frame in EventSource(response).aiter_sse():
-                    if frame.data:  # a frame may contain only `retry`
-                        yield None if frame.event == EventType.HEARTBEAT else _read(TaskEvent, frame.data)
+                    if frame.event == EventType.HEARTBEAT:
+                        if watch.is_needed:
+                            watch.see(await self._view_now(task_id))
+                        yield None
+                    elif frame.data:  # a frame may contain only `retry`
+                        watch.is_needed = False
+                        yield _read(TaskEvent, frame.data)
 
     async def _refused(self, response: httpx.Response, task_id: str) -> Exception:
         error = task_error(response, task_id)
@@ -308,6 +314,12 @@ class HttpTasks:
                 return _AllSentBefore()
             return GatewayUnavailable(f"No worker has taken task {task_id!r} yet: it has no events so far.")
         return error
+
+    async def _view_now(self, task_id: str) -> TaskDetail | None:
+        try:
+            return await self._view(task_id)
+        except Unavailable:
+            return None
 
     async def _update_after(self, event: TaskEvent, newest: TaskUpdate | None) -> TaskUpdate:
         """The task after the event. Events lack `estimated_time`, so it is read with each new stage."""
@@ -337,6 +349,25 @@ class HttpTasks:
 
 class _AllSentBefore(Exception):
     """The task has ended, and its last event is before the cursor, or it never had one."""
+
+
+class _Watch:
+    """Of a connection without an event so far: it may be kept open although its task has ended (`ENDED_STREAMS`)."""
+
+    def __init__(self, cursor: str | None) -> None:
+        self.is_needed = True
+        self._was_taken = cursor is not None
+        self._has_ended = False
+
+    def see(self, view: TaskDetail | None) -> None:
+        """At a heartbeat. Raises _AllSentBefore once no event can come: one of the end would be here by the next."""
+        if view is None:
+            return
+        has_ended = view.status.is_end()
+        if has_ended and (self._has_ended or not view.last_seq):
+            raise _AllSentBefore
+        self._has_ended = has_ended
+        self.is_needed = has_ended or not self._was_taken  # an open task that a worker took sends its own end
 
 
 def _pause_after(tries: int) -> float:

@@ -5,22 +5,34 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 
 import httpx
 import pytest
+import pytest_asyncio
+from temporalio.testing import WorkflowEnvironment
 
-from comfyui_temporal import GatewayUnavailable, HttpTasks, ImageTask, TaskStatus
+from activities.file_lists import FileLists
+from comfyui_temporal import GatewayUnavailable, HttpTasks, ImageTask, TaskStatus, TaskUpdate
 from comfyui_temporal.client.submission import start_task
 from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.task_events import EventType, Heartbeat, TaskEvent
 from comfyui_temporal.contracts.tasks_api import TaskDetail
+from gateway.app import create_app
+from gateway.streams_hub import EventHub
+from store import TaskStore
 from tests.conftest import unique
+from tests.gateway.serving import new_access, new_secret, token_for
+from tests.served_app import served_app
+from tests.streams.serving import Writer
 from tests.workflows.platform import Platform
 
 STREAMS = 101
 """One more than the connections that httpx allows by default."""
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
+BEAT = Heartbeat(ts=NOW)
 
 
 def event(seq: int, kind: EventType, status: TaskStatus) -> TaskEvent:
@@ -88,6 +100,24 @@ def shown(status: TaskStatus, **fields: int) -> httpx.Response:
     return httpx.Response(200, content=view(status).model_copy(update=fields).model_dump_json())
 
 
+@pytest_asyncio.fixture
+async def keeping(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[str]:
+    """The address of a gateway whose ended streams stay open, with a heartbeat each second."""
+    monkeypatch.setattr("gateway.app.EventHub", partial(EventHub, heartbeat_seconds=1))
+    app = create_app(
+        temporal=temporal_env.client,
+        store=task_store,
+        lists=FileLists.at(tmp_path.as_uri()),
+        callback_secrets=[new_secret()],
+        access=new_access(),
+        ended_streams_are_kept=True,
+    )
+    async with served_app(app) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
 async def test_many_streams_leave_connections_for_calls(whole: Platform, token: str) -> None:
     task = ImageTask.model_validate(whole.image())
     await whole.simulators.admin.comfyui.fault("job_stall", route="submit_job", task_id=task.task_id)
@@ -105,6 +135,49 @@ async def test_many_streams_leave_connections_for_calls(whole: Platform, token: 
         assert (await tasks.wait(other.task_id)).status is TaskStatus.COMPLETED
 
 
+async def test_following_an_ended_task_ends_where_its_stream_is_kept(keeping: str, task_store: TaskStore) -> None:
+    writer = Writer(task_store, unique("tenant"))
+    task_id = await writer.begun()
+    async with HttpTasks(keeping, token_for(writer.tenant_id)) as tasks, asyncio.timeout(20):
+        following = asyncio.create_task(all_of(tasks, task_id, None))
+        await writer.end(task_id)
+        every = await following
+        assert every[-1].status is TaskStatus.COMPLETED
+        assert await all_of(tasks, task_id, every[-1].cursor) == []
+        [last] = await all_of(tasks, task_id, every[-2].cursor)
+        assert last.status is TaskStatus.COMPLETED
+
+
+async def test_a_quiet_task_is_followed_to_its_end_where_streams_are_kept(keeping: str, task_store: TaskStore) -> None:
+    writer = Writer(task_store, unique("tenant"))
+    task_id = await writer.begun()
+    async with HttpTasks(keeping, token_for(writer.tenant_id)) as tasks, asyncio.timeout(20):
+        first = await anext(tasks.events(task_id))
+        seen: list[str] = []
+
+        async def follow() -> None:
+            async for one in tasks.events(task_id, cursor=first.cursor):
+                seen.append(one.event)
+
+        following = asyncio.create_task(follow())
+        await asyncio.wait({following}, timeout=2.5)  # two heartbeats without an event
+        assert not following.done(), "an open task is not over"
+        await writer.end(task_id)
+        await following
+    assert seen == [EventType.COMPLETED]
+
+
+async def test_an_end_that_is_still_on_its_way_is_not_left_out() -> None:
+    """The task's row is newer than its stream for a moment."""
+    streams = [(BEAT, COMPLETED)]
+    async with gateway_of(streams, lambda: shown(TaskStatus.COMPLETED)) as tasks:
+        assert [one.seq async for one in tasks.events("task-1", cursor=RUNNING.cursor)] == [COMPLETED.seq]
+
+
+async def all_of(tasks: HttpTasks, task_id: str, cursor: str | None) -> list[TaskUpdate]:
+    return [update async for update in tasks.follow(task_id, cursor=cursor)]
+
+
 async def test_the_end_of_a_task_that_no_worker_took_is_said(whole: Platform, token: str) -> None:
     task = ImageTask.model_validate(whole.image())
     async with HttpTasks(whole.gateway_url, token) as tasks, asyncio.timeout(40):
@@ -117,6 +190,12 @@ async def test_the_end_of_a_task_that_no_worker_took_is_said(whole: Platform, to
         assert last.status is TaskStatus.FAILED
         assert last.error_details is not None and last.error_details.code == "terminated"
         assert (await early).code == "terminated"
+
+
+async def test_the_end_of_a_task_without_events_is_said_though_its_stream_stays_open() -> None:
+    answers = iter([shown(TaskStatus.QUEUED, last_seq=0)] + 2 * [shown(TaskStatus.FAILED, last_seq=0)])
+    async with gateway_of([(BEAT, BEAT)], lambda: next(answers)) as tasks:
+        assert [update.status async for update in tasks.follow("task-1")] == [TaskStatus.FAILED]
 
 
 async def test_an_outage_after_the_last_event_is_waited_out() -> None:
