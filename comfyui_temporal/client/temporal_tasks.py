@@ -34,7 +34,7 @@ from comfyui_temporal.client.errors import (
 )
 from comfyui_temporal.client.interface import WAIT_SECONDS, CancelAnswer
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
-from comfyui_temporal.client.run_outcome import GIVEN_BACK, ended_as
+from comfyui_temporal.client.run_outcome import GIVEN_BACK, TERMINATED, ended_as
 from comfyui_temporal.client.submission import RPC_TIMEOUT, Started, start_task
 from comfyui_temporal.client.temporal_errors import typed_errors
 from comfyui_temporal.client.waiting_start import go_on_waiting, start_waiting
@@ -250,8 +250,12 @@ class TemporalTasks:
 
     async def _outcome(self, handle: WorkflowHandle[Any, Any], task_id: str) -> TaskOutcome:
         with typed_errors(self.client, task_id=task_id):
-            ended = await ended_as(handle)
-            run = await describe_run(self.client, handle.id, rpc_timeout=RPC_TIMEOUT)
+            while True:
+                ended = await ended_as(handle)
+                run = await describe_run(self.client, handle.id, rpc_timeout=RPC_TIMEOUT)
+                # A reset terminates the run that was waited for, and the task goes on in a newer one.
+                if ended.get("code") != TERMINATED or run.status is RunStatus.TERMINATED:
+                    break
             if run.status in WITHOUT_CLEAN_UP:
                 ended |= await self._left_behind(handle, run, task_id)
         return TaskOutcome(task_id=task_id, workflow_id=handle.id, ui_url=self.ui_link(handle.id, run.run_id), **ended)
