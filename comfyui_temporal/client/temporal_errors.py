@@ -28,15 +28,23 @@ _LAZY_CONNECTION_FAILED: Final = "Failed client connect"
 def typed_errors(client: Client, *, task_id: str | None = None, missing: TaskError | None = None) -> Iterator[None]:
     """Inside, an RPCError or EncryptionError becomes a TaskError. NOT_FOUND: UnknownTask of `task_id`, or `missing`."""
     try:
-        yield
+        with decrypted():
+            yield
     except RPCError as error:
         raise task_error(error, client, task_id=task_id, missing=missing) from None
-    except EncryptionError as error:
-        raise Undecryptable(str(error), code=error.code) from None
     except RuntimeError as error:  # a lazy client raises it at its first call
         if _LAZY_CONNECTION_FAILED not in str(error):
             raise
         raise TemporalUnavailable(f"{_where(client)} cannot be reached: {error}") from None
+
+
+@contextmanager
+def decrypted() -> Iterator[None]:
+    """Inside, an EncryptionError becomes Undecryptable."""
+    try:
+        yield
+    except EncryptionError as error:
+        raise Undecryptable(str(error), code=error.code) from None
 
 
 def task_error(

@@ -36,7 +36,7 @@ from comfyui_temporal.client.interface import WAIT_SECONDS, CancelAnswer
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
 from comfyui_temporal.client.run_outcome import GIVEN_BACK, TERMINATED, ended_as
 from comfyui_temporal.client.submission import RPC_TIMEOUT, Started, start_task
-from comfyui_temporal.client.temporal_errors import typed_errors
+from comfyui_temporal.client.temporal_errors import decrypted, typed_errors
 from comfyui_temporal.client.waiting_start import go_on_waiting, start_waiting
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW, AnyTask
@@ -234,9 +234,13 @@ class TemporalTasks:
         return self.client.get_workflow_handle(workflow_id, result_type=spec.result)
 
     async def read_update(self, handle: WorkflowHandle[Any, Any], newest: TaskUpdate | None) -> TaskUpdate | None:
-        """One `progress` query; None if the run has not begun or has ended. A standstill repeats `newest`."""
+        """One `progress` query; None if the run has not begun or has ended. A standstill repeats `newest`.
+
+        Raises Undecryptable.
+        """
         try:
-            progress = await query_run(handle, "progress", result_type=TrainingProgress, rpc_timeout=QUERY_TIMEOUT)
+            with decrypted():
+                progress = await query_run(handle, "progress", result_type=TrainingProgress, rpc_timeout=QUERY_TIMEOUT)
             return TaskUpdate(**dict(progress))
         except (WorkflowQueryFailedError, WorkflowQueryRejectedError):
             return None
@@ -276,7 +280,7 @@ class TemporalTasks:
         return {"sentence": delays[0].sentence, "result": open_credits}
 
     async def _queried(self, handle: WorkflowHandle[Any, Any], query: str, result_type: type[T]) -> T | None:
-        with suppress(WorkflowQueryFailedError, WorkflowQueryRejectedError, NoQueryNow, RPCError):
+        with decrypted(), suppress(WorkflowQueryFailedError, WorkflowQueryRejectedError, NoQueryNow, RPCError):
             return await query_run(handle, query, result_type=result_type, rpc_timeout=QUERY_TIMEOUT)
         return None
 

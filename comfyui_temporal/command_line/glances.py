@@ -17,6 +17,7 @@ from comfyui_temporal.client.errors import TaskError
 from comfyui_temporal.client.models import TaskSummary
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState
+from comfyui_temporal.encryption_keys import EncryptionError
 
 AT_ONCE: Final = 8
 SECONDS: Final = 3.0
@@ -56,7 +57,7 @@ async def _about(opened: Connection, row: TaskSummary) -> str:
             payloads = event.workflow_execution_started_event_attributes.input.payloads
             [given, *_] = await opened.client.data_converter.decode(payloads)
             return _said(given)
-    except (RPCError, ValueError, RuntimeError):
+    except (RPCError, EncryptionError, ValueError, RuntimeError):
         return ""
     return ""
 

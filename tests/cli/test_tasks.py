@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from temporalio.client import WorkflowHandle
+from temporalio.client import Client, WorkflowHandle
+from temporalio.converter import DataConverter
+from temporalio.worker import Worker
 
-from comfyui_temporal.client.errors import InvalidInput, TaskOver, UnknownTask, WorkerUnavailable
-from comfyui_temporal.client.models import StartedTask
+from comfyui_temporal.client.errors import InvalidInput, TaskOver, Undecryptable, UnknownTask, WorkerUnavailable
+from comfyui_temporal.client.models import StartedTask, TaskSummary
+from comfyui_temporal.client.temporal_tasks import TemporalTasks
 from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.command_line.failures import ExitCode, exit_code_of
 from comfyui_temporal.command_line.follow import follow
-from comfyui_temporal.contracts.tasks import TaskStatus, TrainingProgress, TrainingResult
-from tests.cli.conftest import image_task, training_task
+from comfyui_temporal.command_line.glances import Glance, glances
+from comfyui_temporal.contracts.tasks import (
+    TaskStatus,
+    TrainingProgress,
+    TrainingResult,
+)
+from comfyui_temporal.encryption import PayloadEncryption
+from comfyui_temporal.encryption_keys import EncryptionKey
+from comfyui_temporal.plugin import TasksPlugin
+from tests.cli.conftest import ScriptedImage, image_task, training_task
 from tests.conftest import unique
 from tests.pausing import pause, unpause
 from tests.waiting import until
@@ -168,6 +180,32 @@ async def test_without_a_worker_watching_and_cancelling_say_so(
         await deserted.tasks.cancel(started.task_id, "")
     await handle_of(opened, started).terminate()
     assert (await following).code == "terminated"
+
+
+async def test_without_the_key_a_task_is_undecryptable_and_listed(opened: Connection) -> None:
+    encrypted = opened.client.config()
+    encrypted["plugins"] = [TasksPlugin(PayloadEncryption([EncryptionKey("2030", b"o" * 32)]))]
+    encrypted["data_converter"] = DataConverter.default
+    client, queue, tenant = Client(**encrypted), unique("queue"), unique("tenant")
+    without_key = replace(opened, task_queue=queue)
+    async with Worker(client, task_queue=queue, workflows=[ScriptedImage]):
+        by_key = TemporalTasks(client, task_queue=queue)
+        started = await by_key.start(image_task(tenant_id=tenant))
+        assert (await by_key.show(started.task_id)).progress is not None
+        for call in (without_key.tasks.show(started.task_id), anext(without_key.tasks.follow(started.task_id))):
+            with pytest.raises(Undecryptable, match="2030"):
+                await call
+        with pytest.raises(Undecryptable, match="2030"):
+            await follow(without_key, started.task_id, Seen())
+
+        async def rows() -> list[TaskSummary]:
+            return [row async for row in without_key.tasks.list(filters={"TenantId": tenant})]
+
+        assert await glances(without_key, await until(rows)) == {started.task_id: Glance()}
+        await by_key.cancel(started.task_id)
+        await by_key.wait(started.task_id)
+        with pytest.raises(Undecryptable, match="2030"):
+            await without_key.tasks.wait(started.task_id)
 
 
 async def test_lists_are_filtered_and_safe_against_any_text(opened: Connection) -> None:
