@@ -70,6 +70,12 @@ _STATUS_OF_CLOSED_RUN: Final = {
     RunStatus.TERMINATED: TaskStatus.FAILED,
     RunStatus.TIMED_OUT: TaskStatus.FAILED,
 }
+_NAME_IN_QUERIES: Final = {
+    RunStatus.FAILED: "Failed",
+    RunStatus.CANCELED: "Canceled",
+    RunStatus.TERMINATED: "Terminated",
+    RunStatus.TIMED_OUT: "TimedOut",
+}
 
 
 class TemporalTasks:
@@ -186,14 +192,17 @@ class TemporalTasks:
 
         Values are quoted, so any text is safe.
         """
-        wanted = {"TaskStatus": status, "Scene": scene, **(filters or {})}
+        wanted = {"Scene": scene, **(filters or {})}
         types = ", ".join(f"'{name}'" for name in SCENE_OF_WORKFLOW)
         terms = [f"WorkflowType IN ({types})"]
         terms += [f"{name} = '{_quoted(value)}'" for name, value in wanted.items() if value is not None]
+        terms += ["ExecutionStatus != 'ContinuedAsNew'", *([_has_status(status)] if status else [])]
         seen: set[str] = set()
         with typed_errors(self.client):
             async for run in list_runs(self.client, " AND ".join(terms), rpc_timeout=RPC_TIMEOUT):
-                if run.workflow_id in seen:  # a run that continued as new is listed once for each of its runs
+                if run.workflow_id in seen:  # a task that was reset is listed once for each of its runs
+                    continue
+                if status and run.status is RunStatus.TERMINATED and not await self._is_newest(run):
                     continue
                 if len(seen) >= limit:
                     return
@@ -302,6 +311,16 @@ class TemporalTasks:
             sentence = cause.message if isinstance(cause, ApplicationError) else str(cause)
             raise InvalidInput(f"The task rejected {name}: {sentence}") from None
 
+    async def _is_newest(self, run: RunSeen) -> bool:
+        """False for one that was terminated by a reset: its task goes on in a newer run."""
+        try:
+            newest = await describe_run(self.client, run.workflow_id, rpc_timeout=RPC_TIMEOUT)
+        except RPCError as error:
+            if error.status is not RPCStatusCode.NOT_FOUND:  # the list is older than the deletion of the run
+                raise
+            return True
+        return newest.run_id == run.run_id
+
     def _summary(self, run: RunSeen) -> TaskSummary:
         """A run's search attributes. A run that was terminated or timed out has Temporal's status."""
         attributes = run.search_attributes
@@ -391,6 +410,15 @@ def _is_silence_of_worker(error: RPCError) -> bool:
         RPCStatusCode.DEADLINE_EXCEEDED,
         RPCStatusCode.CANCELLED,
     )
+
+
+def _has_status(status: TaskStatus) -> str:
+    """The query for what `_summary` calls `status`: a search attribute stays as it was where a run was cut off."""
+    by_run = [_NAME_IN_QUERIES[run] for run, its_own in _STATUS_OF_CLOSED_RUN.items() if its_own is status]
+    others = ", ".join(f"'{_NAME_IN_QUERIES[run]}'" for run in _STATUS_OF_CLOSED_RUN)
+    own = f"TaskStatus = '{status}' AND ExecutionStatus NOT IN ({others})"
+    terms = [own if status.is_end() else f"{own} AND CloseTime IS NULL", *(f"ExecutionStatus = '{n}'" for n in by_run)]
+    return "(" + " OR ".join(f"({term})" for term in terms) + ")"
 
 
 def _quoted(value: str) -> str:

@@ -103,19 +103,19 @@ def list_command(
         filters = inputs.given(
             TenantId=tenant,
             UserId=user,
-            TaskStatus=status,
             TaskStage=stage,
             Scene=scene,
             TemplateId=template,
             TaskPriority=priority,
         )
         inputs.one_of("status", status, [*TaskStatus])
+        by_status = TaskStatus(status) if status else None
         inputs.one_of("stage", stage, [*JobStatus, *TrainingStage])
         inputs.one_of("scene", scene, [*Scene])
         inputs.one_of("priority", priority, [*TaskPriority])
         console = Console()
         async with connection(read_settings(CommandSettings)) as opened:
-            rows = [row async for row in opened.tasks.list(filters=filters, limit=limit)]
+            rows = [row async for row in opened.tasks.list(status=by_status, filters=filters, limit=limit)]
             if console.is_terminal and not as_json:
                 print_table(console, rows, await glances(opened, rows))
                 return ExitCode.COMPLETED

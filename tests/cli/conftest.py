@@ -76,6 +76,8 @@ class ScriptedImage:
             failed = result.model_copy(update={"status": TaskStatus.FAILED, "credits": CreditsSummary(estimated=24)})
             sentence = "credits refused the hold: \x1b[2Jbalance too low."
             raise ApplicationError(sentence, failed, type="insufficient_balance", non_retryable=True)
+        if task.prompt == "a long story":
+            workflow.continue_as_new(task.model_copy(update={"prompt": "a cat"}))
         self.delivered = self.delivered or task.prompt == "a lighthouse at dusk"
         await workflow.wait_condition(lambda: self.delivered or self.status is TaskStatus.CANCELLED)
         if self.status is TaskStatus.CANCELLED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from temporalio.client import Client, WorkflowHandle
@@ -27,10 +27,12 @@ from comfyui_temporal.contracts.tasks import (
 from comfyui_temporal.encryption import PayloadEncryption
 from comfyui_temporal.encryption_keys import EncryptionKey
 from comfyui_temporal.plugin import TasksPlugin
-from tests.cli.conftest import ScriptedImage, image_task, training_task
+from tests.cli.conftest import ScriptedImage, image_task, run_command, training_task
 from tests.conftest import unique
 from tests.pausing import pause, unpause
 from tests.waiting import until
+from tests.workflows.platform import Platform
+from tests.workflows.resets import Point, reset
 
 
 class Seen:
@@ -180,6 +182,36 @@ async def test_without_a_worker_watching_and_cancelling_say_so(
         await deserted.tasks.cancel(started.task_id, "")
     await handle_of(opened, started).terminate()
     assert (await following).code == "terminated"
+
+
+async def test_a_list_by_status_holds_what_each_task_is_now(opened: Connection) -> None:
+    """Search attributes stay as they were where a run continued as new, was reset or was terminated."""
+    tenant = unique("tenant")
+    tasks = [
+        image_task(tenant_id=tenant, prompt=prompt) for prompt in ("a long story", "a cat", "a cat", "a cat", "a dog")
+    ]
+    continued, terminated, restarted, cancelled, completed = [await opened.tasks.start(task) for task in tasks]
+    await handle_of(opened, terminated).terminate()
+    await handle_of(opened, cancelled).cancel()
+    await handle_of(opened, completed).signal("deliver")
+    await opened.tasks.wait(completed.task_id)
+    await opened.tasks.show(restarted.task_id)  # its worker has taken it
+    first = Point(restarted.run_id or "", 4, 0)
+    await reset(cast(Platform, opened), handle_of(opened, restarted), first)
+
+    async def listed(status: TaskStatus | None) -> list[str]:
+        return [row.task_id async for row in opened.tasks.list(status=status, filters={"TenantId": tenant})]
+
+    async def is_listed() -> bool:
+        return sorted(await listed(TaskStatus.QUEUED)) == sorted([continued.task_id, restarted.task_id])
+
+    await until(is_listed, "only those that are open")
+    assert await listed(TaskStatus.FAILED) == [terminated.task_id]
+    assert await listed(TaskStatus.CANCELLED) == [cancelled.task_id]
+    assert await listed(TaskStatus.RUNNING) == []
+    assert len(await listed(None)) == len(tasks)
+    by_command = await run_command("list", "--tenant", tenant, "--status", "failed", connection=opened)
+    assert [line.split("\t")[0] for line in by_command.out.splitlines()] == [terminated.task_id]
 
 
 async def test_without_the_key_a_task_is_undecryptable_and_listed(opened: Connection) -> None:
