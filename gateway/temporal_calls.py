@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final, TypeVar
@@ -13,11 +13,11 @@ from temporalio.client import (
     Client,
     WorkflowHandle,
     WorkflowUpdateFailedError,
-    WorkflowUpdateRPCTimeoutOrCancelledError,
 )
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
+from comfyui_temporal.client.waiting_start import within
 from comfyui_temporal.encryption_keys import EncryptionError
 from comfyui_temporal.runs import RunSeen, describe_run, is_namespace_missing
 from gateway.problems import Problem, ProblemCode
@@ -55,14 +55,22 @@ async def updated(handle: WorkflowHandle[Any, Any], name: str, argument: object,
     """
     try:
         with temporal_problems():
-            answer: T = await asyncio.wait_for(
-                handle.execute_update(name, argument, result_type=result_type), UPDATE_SECONDS
-            )
+            answer: T = await _of_worker(handle.execute_update(name, argument, result_type=result_type))
             return answer
     except WorkflowUpdateFailedError as failure:
         cause = failure.cause
         sentence = cause.message if isinstance(cause, ApplicationError) else str(cause)
         raise Problem(ProblemCode.INPUT_INVALID, f"The task rejects it: {sentence}") from None
+
+
+async def _of_worker(call: Coroutine[Any, Any, T]) -> T:
+    try:
+        return await within(call, UPDATE_SECONDS)
+    except TimeoutError:
+        raise Problem(
+            ProblemCode.WORKER_UNAVAILABLE,
+            "The task did not answer in time: no worker runs, or it is busy. Try again.",
+        ) from None
 
 
 @contextmanager
@@ -74,11 +82,6 @@ def temporal_problems() -> Iterator[None]:
         if error.status is RPCStatusCode.NOT_FOUND and not is_namespace_missing(error):
             raise RunMissing from None
         raise _unavailable(error) from None
-    except WorkflowUpdateRPCTimeoutOrCancelledError as error:
-        raise Problem(
-            ProblemCode.WORKER_UNAVAILABLE,
-            "The task did not answer in time: no worker runs, or it is busy. Try again.",
-        ) from error
     except EncryptionError as error:
         log.error("temporal_data_undecryptable", code=error.code, detail=str(error))
         raise Problem(

@@ -17,7 +17,6 @@ from temporalio.client import (
     WorkflowQueryFailedError,
     WorkflowQueryRejectedError,
     WorkflowUpdateFailedError,
-    WorkflowUpdateRPCTimeoutOrCancelledError,
 )
 from temporalio.common import SearchAttributeKey
 from temporalio.exceptions import ApplicationError
@@ -37,7 +36,7 @@ from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome
 from comfyui_temporal.client.run_outcome import GIVEN_BACK, TERMINATED, ended_as
 from comfyui_temporal.client.submission import RPC_TIMEOUT, Started, start_task
 from comfyui_temporal.client.temporal_errors import decrypted, typed_errors
-from comfyui_temporal.client.waiting_start import go_on_waiting, start_waiting
+from comfyui_temporal.client.waiting_start import go_on_waiting, start_waiting, within
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW, AnyTask
 from comfyui_temporal.contracts.start_answer import MAX_WAIT_SECONDS, WAIT_AGAIN, Reached, StartAnswer, WaitFor
@@ -297,11 +296,9 @@ class TemporalTasks:
         """The run's answer to an update. Raises TaskOver, InvalidInput, WorkerUnavailable."""
         try:
             with typed_errors(self.client, missing=TaskOver(f"The run of {handle.id} is over.")):
-                answer: T = await asyncio.wait_for(
-                    handle.execute_update(name, argument, result_type=result_type), timeout=UPDATE_SECONDS
-                )
+                answer: T = await within(handle.execute_update(name, argument, result_type=result_type), UPDATE_SECONDS)
                 return answer
-        except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError):
+        except TimeoutError:
             raise WorkerUnavailable(
                 f"{name} was not taken within {UPDATE_SECONDS:g} s: no worker answers on task queue "
                 f"{self.task_queue!r} of {_address(self.client)}. Start a worker and try again."

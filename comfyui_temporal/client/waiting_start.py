@@ -61,7 +61,7 @@ async def start_waiting(
         result_type=StartAnswer,
     )
     try:
-        answer = await _within(call, min(within_seconds, SURE_AFTER_SECONDS))
+        answer = await within(call, min(within_seconds, SURE_AFTER_SECONDS))
     except WorkflowAlreadyStartedError:
         await _read(operation)
         return WaitedStart(await _started(client, task, task_queue))
@@ -100,7 +100,7 @@ async def go_on_waiting(
     """
     call = handle.execute_update(WAIT_UNTIL_HELD, WaitUntilHeld(), id=update_id, result_type=StartAnswer)
     try:
-        return await _within(call, within_seconds)
+        return await within(call, within_seconds)
     except (TimeoutError, WorkflowUpdateFailedError):
         return None
     except RPCError as error:
@@ -109,7 +109,7 @@ async def go_on_waiting(
         return None  # the task is started: that is the answer
 
 
-async def _within(call: Coroutine[Any, Any, T], seconds: float) -> T:
+async def within(call: Coroutine[Any, Any, T], seconds: float) -> T:
     """Raises TimeoutError. The SDK turns a cancellation into an error of its own, so no `asyncio.timeout` here."""
     calling = asyncio.create_task(call)
     try:

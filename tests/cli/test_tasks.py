@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 from temporalio.client import Client, WorkflowHandle
@@ -20,6 +21,8 @@ from comfyui_temporal.command_line.failures import ExitCode, exit_code_of
 from comfyui_temporal.command_line.follow import follow
 from comfyui_temporal.command_line.glances import Glance, glances
 from comfyui_temporal.contracts.tasks import (
+    CancelTask,
+    CancelTaskOutcome,
     TaskStatus,
     TrainingProgress,
     TrainingResult,
@@ -27,12 +30,15 @@ from comfyui_temporal.contracts.tasks import (
 from comfyui_temporal.encryption import PayloadEncryption
 from comfyui_temporal.encryption_keys import EncryptionKey
 from comfyui_temporal.plugin import TasksPlugin
+from gateway.temporal_calls import updated
 from tests.cli.conftest import ScriptedImage, image_task, run_command, training_task
 from tests.conftest import unique
 from tests.pausing import pause, unpause
 from tests.waiting import until
 from tests.workflows.platform import Platform
 from tests.workflows.resets import Point, reset
+
+T = TypeVar("T")
 
 
 class Seen:
@@ -212,6 +218,33 @@ async def test_a_list_by_status_holds_what_each_task_is_now(opened: Connection) 
     assert len(await listed(None)) == len(tasks)
     by_command = await run_command("list", "--tenant", tenant, "--status", "failed", connection=opened)
     assert [line.split("\t")[0] for line in by_command.out.splitlines()] == [terminated.task_id]
+
+
+async def test_a_cancelled_call_is_cancelled_on_every_python(
+    opened: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python 3.12 on `asyncio.wait_for` calls in the caller's own task, and the SDK hides a cancellation."""
+
+    async def wait_for(call: Coroutine[Any, Any, T], timeout: float) -> T:  # noqa: ASYNC109
+        async with asyncio.timeout(timeout):
+            return await call
+
+    monkeypatch.setattr(asyncio, "wait_for", wait_for)
+    deserted = Connection(opened.client, opened.server, unique("queue"))
+    started = await deserted.tasks.start(image_task())
+    handle = handle_of(opened, started)
+    for call in (
+        deserted.tasks.cancel(started.task_id),
+        deserted.tasks.confirm(started.task_id, 5),
+        updated(handle, "cancel_task", CancelTask(), CancelTaskOutcome),
+    ):
+        calling = asyncio.create_task(call)
+        await asyncio.wait({calling}, timeout=0.5)
+        assert not calling.done(), "no worker answers"
+        calling.cancel()
+        await asyncio.wait({calling}, timeout=5)
+        assert calling.cancelled()
+    await handle.terminate()
 
 
 async def test_without_the_key_a_task_is_undecryptable_and_listed(opened: Connection) -> None:
