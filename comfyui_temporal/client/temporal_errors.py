@@ -63,6 +63,10 @@ def task_error(
             )
         case RPCStatusCode.UNAVAILABLE | RPCStatusCode.DEADLINE_EXCEEDED | RPCStatusCode.CANCELLED:
             return TemporalUnavailable(f"{_where(client)} does not answer: {error.message}.")
+        case RPCStatusCode.RESOURCE_EXHAUSTED | RPCStatusCode.ABORTED | RPCStatusCode.INTERNAL | RPCStatusCode.UNKNOWN:
+            return TemporalUnavailable(
+                f"{_where(client)} cannot do it now ({error.status.name}): {error.message}. Try again."
+            )
         case RPCStatusCode.PERMISSION_DENIED | RPCStatusCode.UNAUTHENTICATED:
             return AccessDenied(f"{_where(client)} refuses these credentials: {error.message}.")
         case _:
