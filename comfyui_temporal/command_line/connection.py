@@ -164,7 +164,7 @@ def _failure_of(error: TaskError, server: Server) -> CommandFailure:
         case InvalidInput():
             return BadInput(error.sentence, error.fields)
         case TaskOver():
-            return BadInput(error.sentence)
+            return CommandFailure(error.sentence, exit_code=ExitCode.TOO_LATE, code=error.code)
         case CreditsRefused() | Undecryptable():
             return CommandFailure(error.sentence, code=error.code)
     advice = " Register it: `comfyui-tasks doctor` shows how." if "search attribute" in error.sentence.lower() else ""

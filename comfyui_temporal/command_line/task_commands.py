@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from comfyui_temporal.client.errors import UnknownTask
+from comfyui_temporal.client.errors import TaskOver, UnknownTask
 from comfyui_temporal.client.interface import CancelAnswer
 from comfyui_temporal.command_line import inputs
 from comfyui_temporal.command_line.app import EXIT_CODES, Json, app, followed, perform
@@ -231,7 +231,10 @@ async def _confirmation_of(opened: Connection, task_id: str) -> Confirmation | N
 
 async def _confirmed_price(opened: Connection, task_id: str) -> int:
     """The price that the task waits for, after the user has confirmed it in the terminal."""
-    wanted = await _confirmation_of(opened, task_id)
+    details = await opened.tasks.show(task_id)
+    if details.outcome is not None:
+        raise TaskOver(f"Task {task_id!r} is over: its price can no longer be confirmed.")
+    wanted = details.progress.confirmation if details.progress else None
     if wanted is None:
         raise BadInput(f"Task {task_id!r} waits for no confirmation now; use --max-credits to raise its ceiling.")
     if not sys.stdin.isatty():

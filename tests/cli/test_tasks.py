@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Coroutine
 from dataclasses import replace
 from datetime import timedelta
@@ -271,6 +272,15 @@ async def test_without_the_key_a_task_is_undecryptable_and_listed(opened: Connec
         await by_key.wait(started.task_id)
         with pytest.raises(Undecryptable, match="2030"):
             await without_key.tasks.wait(started.task_id)
+
+
+async def test_confirming_too_late_is_no_bad_input(opened: Connection) -> None:
+    started = await opened.tasks.start(training_task(max_credits=200))
+    await opened.tasks.wait(started.task_id)
+    for more in ([], ["--max-credits", "300"]):
+        late = await run_command("confirm", started.task_id, *more, "--json", connection=opened)
+        assert late.exit_code == ExitCode.TOO_LATE
+        assert json.loads(late.out)["error"]["code"] == "task_over"
 
 
 async def test_lists_are_filtered_and_safe_against_any_text(opened: Connection) -> None:
