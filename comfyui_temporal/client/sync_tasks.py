@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -23,6 +25,8 @@ from comfyui_temporal.contracts.tasks import TASK_QUEUE, TaskStatus
 from comfyui_temporal.contracts.uploads import InputKind, UploadView
 
 T = TypeVar("T")
+END_SECONDS: Final = 1.0
+"""How long an interrupted call may take to end: it may have a connection to close."""
 _NO_MORE: Final = object()
 
 
@@ -65,8 +69,9 @@ class SyncTasks(AbstractContextManager["SyncTasks"]):
 
     def __enter__(self) -> Self:
         portal = self._opened.enter_context(start_blocking_portal())
+        self._opened.callback(portal.call, portal.stop, True)  # `cancel_remaining`
         try:
-            self._tasks = portal.call(self._open_tasks)
+            self._tasks = _called(portal, self._open_tasks)
         except BaseException:
             self._opened.close()
             raise
@@ -86,14 +91,14 @@ class SyncTasks(AbstractContextManager["SyncTasks"]):
     ) -> StartedTask:
         """See `Tasks.start`."""
         portal, tasks = self._running()
-        return portal.call(partial(tasks.start, task, wait_for=wait_for, wait_seconds=wait_seconds))
+        return _called(portal, partial(tasks.start, task, wait_for=wait_for, wait_seconds=wait_seconds))
 
     def upload(self, file: bytes | str | os.PathLike[str], *, kind: InputKind | None = None) -> UploadView:
         """See `HttpTasks.upload`. Raises RuntimeError for tasks by Temporal: files go to the gateway."""
         portal, tasks = self._running()
         if not isinstance(tasks, HttpTasks):
             raise RuntimeError("Files are uploaded to the gateway: use SyncTasks.over_http(…)")
-        return portal.call(partial(tasks.upload, file, kind=kind))
+        return _called(portal, partial(tasks.upload, file, kind=kind))
 
     def follow(self, task_id: str, *, cursor: str | None = None) -> Generator[TaskUpdate, None, None]:
         """See `Tasks.follow`."""
@@ -103,12 +108,12 @@ class SyncTasks(AbstractContextManager["SyncTasks"]):
     def wait(self, task_id: str) -> TaskOutcome:
         """See `Tasks.wait`."""
         portal, tasks = self._running()
-        return portal.call(tasks.wait, task_id)
+        return _called(portal, partial(tasks.wait, task_id))
 
     def show(self, task_id: str) -> TaskDetails:
         """See `Tasks.show`."""
         portal, tasks = self._running()
-        return portal.call(tasks.show, task_id)
+        return _called(portal, partial(tasks.show, task_id))
 
     def list(
         self, *, status: TaskStatus | None = None, scene: Scene | None = None, limit: int = 20
@@ -120,17 +125,43 @@ class SyncTasks(AbstractContextManager["SyncTasks"]):
     def confirm(self, task_id: str, max_credits: int) -> int:
         """See `Tasks.confirm`."""
         portal, tasks = self._running()
-        return portal.call(tasks.confirm, task_id, max_credits)
+        return _called(portal, partial(tasks.confirm, task_id, max_credits))
 
     def cancel(self, task_id: str, reason: str = "") -> CancelAnswer:
         """See `Tasks.cancel`."""
         portal, tasks = self._running()
-        return portal.call(tasks.cancel, task_id, reason)
+        return _called(portal, partial(tasks.cancel, task_id, reason))
 
     def _running(self) -> tuple[BlockingPortal, Tasks]:
         if self._portal is None or self._tasks is None:
             raise RuntimeError("SyncTasks is not open: use it as `with SyncTasks.over_http(…) as tasks:`")
         return self._portal, self._tasks
+
+
+def _called(portal: BlockingPortal, call: Callable[[], Awaitable[T]]) -> T:
+    """The call's answer. An interrupt of this thread cancels the call, which would go on otherwise."""
+    running: list[asyncio.Task[Any] | None] = []
+    has_ended = threading.Event()
+
+    async def run() -> T:
+        running.append(asyncio.current_task())
+        try:
+            return await call()
+        finally:
+            has_ended.set()
+
+    def cancel() -> None:
+        for task in filter(None, running):
+            task.cancel()  # once, so that it can close what it has opened; anyio would go on cancelling
+
+    try:
+        return portal.start_task_soon(run).result()
+    except BaseException:
+        if not has_ended.is_set():
+            with suppress(RuntimeError):  # everything was closed before
+                portal.call(cancel)
+                has_ended.wait(END_SECONDS)
+        raise
 
 
 def _blocking(portal: BlockingPortal, opened: Callable[[], AsyncGenerator[T, None]]) -> Generator[T, None, None]:
@@ -141,7 +172,8 @@ def _blocking(portal: BlockingPortal, opened: Callable[[], AsyncGenerator[T, Non
         return await anext(items, _NO_MORE)
 
     try:
-        while (item := portal.call(next_item)) is not _NO_MORE:
+        while (item := _called(portal, next_item)) is not _NO_MORE:
             yield item
     finally:
-        portal.call(items.aclose)
+        with suppress(RuntimeError):  # the last call has not ended yet, or everything was closed before
+            _called(portal, items.aclose)
