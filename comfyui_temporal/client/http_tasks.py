@@ -29,7 +29,7 @@ from comfyui_temporal.client.errors import (
 from comfyui_temporal.client.gateway_errors import task_error, typed_transport_errors
 from comfyui_temporal.client.interface import WAIT_SECONDS, CancelAnswer
 from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome, TaskSummary, TaskUpdate
-from comfyui_temporal.client.uploading import upload
+from comfyui_temporal.client.uploading import upload, uploaded
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES, AnyTask
 from comfyui_temporal.contracts.start_answer import MAX_WAIT_SECONDS, Reached, WaitFor
@@ -134,6 +134,10 @@ class HttpTasks:
         and OSError where the file cannot be read.
         """
         return await upload(self._sent, file, kind, patience_seconds=self._patience_seconds)
+
+    async def uploaded(self, address: str) -> UploadView:
+        """What is known of an upload, by its `address`. Raises InvalidInput where it is unknown or has expired."""
+        return await uploaded(self._sent, address)
 
     async def follow(self, task_id: str, *, cursor: str | None = None) -> AsyncGenerator[TaskUpdate, None]:
         """Yield each change that the gateway publishes, until the task ends; after `cursor` if one is given.

@@ -11,12 +11,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Final
+from urllib.parse import quote
 
 import httpx
 from pydantic import ValidationError
 
 from comfyui_temporal.client.errors import TaskError, Unavailable, UnexpectedReply
-from comfyui_temporal.contracts.uploads import InputKind, UploadView
+from comfyui_temporal.contracts.uploads import InputKind, UploadView, upload_id_of
 
 UPLOADS: Final = "/api/v1/uploads"
 PART_BYTES: Final = 8 * 1024 * 1024
@@ -46,6 +47,11 @@ async def upload(
                 await ask("POST", UPLOADS, headers={}, params=params, content=await asyncio.to_thread(source.read))
             )
         return await _in_parts(ask, source, size, kind, patience_seconds)
+
+
+async def uploaded(ask: Ask, address: str) -> UploadView:
+    """An upload by its address. Raises TaskError."""
+    return _read(await ask("GET", f"{UPLOADS}/{quote(upload_id_of(address) or address, safe='')}", headers={}))
 
 
 async def _in_parts(

@@ -12,12 +12,12 @@ from temporalio.testing import WorkflowEnvironment
 
 from activities.upload_files import UploadFiles
 from comfyui_temporal.command_line.connection import Connection, GatewayAccess
-from comfyui_temporal.command_line.failures import BadInput
+from comfyui_temporal.command_line.failures import BadInput, ExitCode
 from comfyui_temporal.command_line.inputs import controls, named_files
 from comfyui_temporal.command_line.local_files import with_uploads
 from gateway.uploads import UploadSettings
 from store import TaskStore
-from tests.cli.conftest import image_task
+from tests.cli.conftest import Ended, image_task, run_command
 from tests.conftest import unique
 from tests.gateway.serving import served, token_for
 
@@ -75,6 +75,27 @@ async def test_a_file_that_cannot_be_used_starts_nothing(
     with pytest.raises(BadInput, match=reason) as refused:
         await with_uploads(connected, task, {})
     assert str(refused.value).startswith("Nothing was started")
+
+
+async def test_a_start_with_files_may_be_repeated(connected: Connection, files: Path, tenant: str) -> None:
+    assert connected.gateway is not None
+    here = {
+        "COMFYUI_TEMPORAL_GATEWAY_URL": connected.gateway.url,
+        "COMFYUI_TEMPORAL_GATEWAY_TOKEN": connected.gateway.tokens[tenant],
+    }
+    sketch = files / "sketch, old.png"
+
+    async def start() -> Ended:
+        named = ["--task-id", f"repeated-{tenant}", "--tenant", tenant, "--user", "ann"]
+        given = ["--control", f"{sketch},0.5", "--file", f"sound={files}/sound.wav", "--no-wait"]
+        return await run_command("generate", "a cat", *named, *given, connection=connected, environment=here)
+
+    first, again = await start(), await start()
+    assert (first.exit_code, again.exit_code) == (0, 0), first.err + again.err
+    assert first.out.startswith("Started task") and again.out.startswith("Already started")
+    assert len(list((files / "uploads" / tenant).iterdir())) == 2, "nothing was uploaded twice"
+    sketch.write_bytes(PNG + b", changed")
+    assert (await start()).exit_code == ExitCode.TASK_EXISTS
 
 
 async def test_without_a_gateway_for_the_tenant_a_path_is_refused(connected: Connection, files: Path) -> None:
