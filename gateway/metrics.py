@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -10,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from comfyui_temporal.contracts.permissions import Scene
-from store import StoreUnavailable, TaskStore
+from store import StoreFailure, TaskStore
 from store.figures import StoreFigures
 from store.upkeep import QueueState
 
@@ -20,6 +22,8 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS: Final = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 QUEUES_KEPT_SECONDS: Final = 5.0
 FIGURES_KEPT_SECONDS: Final = 15.0
+TRIED_AGAIN_SECONDS: Final = 5.0
+"""After a reading that failed."""
 NO_ROUTE: Final = "none"
 
 
@@ -74,7 +78,12 @@ class Metrics:
     def _add_figures(self) -> None:
         """Figures of the task store. Every gateway shows the same ones, so queries take the maximum, not the sum."""
         registry = self.registry
-        self.store_up = Gauge("task_store_up", "Whether the task store was read the last time.", registry=registry)
+        self.store_up = Gauge(
+            "task_store_up", "Whether queues and figures could both be read the last time.", registry=registry
+        )
+        self.figures_age = Gauge(
+            "tasks_figures_age_seconds", "Age of the figures of all tasks, NaN before the first.", registry=registry
+        )
         self.open = Gauge("tasks_open", "Tasks that have not ended.", ("scene", "status"), registry=registry)
         self.points_held = Gauge("tasks_points_held", "Points that open tasks hold.", ("scene",), registry=registry)
         self.oldest_hold = Gauge(
@@ -120,32 +129,66 @@ class Metrics:
             self.sla_missed.labels(state.priority.value).set(state.sla_missed)
 
 
+class _Reading:
+    """One reading of the store: made again once its figures are old, after a failure sooner."""
+
+    def __init__(self, read: Callable[[], Awaitable[None]], kept_seconds: float) -> None:
+        self._read = read
+        self._kept_seconds = kept_seconds
+        self._due_at = -math.inf
+        self.succeeded = False
+        """The newest attempt."""
+
+    async def make_if_due(self, now: float) -> None:
+        """Raises StoreFailure."""
+        if now < self._due_at:
+            return
+        # Set before the reading: a page that is read twice at once makes one.
+        self._due_at = now + self._kept_seconds
+        try:
+            await self._read()
+        except BaseException:
+            self.succeeded = False
+            self._due_at = now + TRIED_AGAIN_SECONDS
+            raise
+        self.succeeded = True
+
+
 class MetricsPage:
     """`/metrics`: the counters, and what the store says: queues read at most every 5 s, its other figures every 15 s.
 
-    While the store cannot be read its figures stay as they were, and `task_store_up` is 0.
+    While one of the two cannot be read its figures stay as they were, `task_store_up` is 0, and
+    `tasks_figures_age_seconds` grows.
     """
 
-    def __init__(self, metrics: Metrics, store: TaskStore) -> None:
+    def __init__(self, metrics: Metrics, store: TaskStore, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
         self._store = store
-        self._queues_at = -QUEUES_KEPT_SECONDS
-        self._figures_at = -FIGURES_KEPT_SECONDS
+        self._clock = clock
+        self._figures_at: float | None = None
+        self._readings = (
+            _Reading(self._read_queues, QUEUES_KEPT_SECONDS),
+            _Reading(self._read_figures, FIGURES_KEPT_SECONDS),
+        )
 
     async def text(self) -> bytes:
-        now = time.monotonic()
+        now = self._clock()
         try:
-            if now - self._queues_at >= QUEUES_KEPT_SECONDS:
-                self._queues_at = now
-                self._metrics.show_queues(await self._store.queue_states())
-                self._metrics.store_up.set(1)
-            if now - self._figures_at >= FIGURES_KEPT_SECONDS:
-                self._figures_at = now
-                self._metrics.show_figures(await self._store.figures())
-        except StoreUnavailable as error:
-            self._metrics.store_up.set(0)
+            for reading in self._readings:
+                await reading.make_if_due(now)
+        except StoreFailure as error:
             log.warning("figures_not_read", reason=str(error))
+        self._metrics.store_up.set(all(reading.succeeded for reading in self._readings))
+        self._metrics.figures_age.set(math.nan if self._figures_at is None else self._clock() - self._figures_at)
         return generate_latest(self._metrics.registry)
+
+    async def _read_queues(self) -> None:
+        self._metrics.show_queues(await self._store.queue_states())
+
+    async def _read_figures(self) -> None:
+        began = self._clock()
+        self._metrics.show_figures(await self._store.figures())
+        self._figures_at = began
 
 
 class CountRequests:

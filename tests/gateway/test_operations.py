@@ -10,9 +10,11 @@ from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.errors import ExceptionCode
 from comfyui_temporal.contracts.tasks import workflow_id_of
-from store import TaskStore
+from gateway.metrics import Metrics, MetricsPage
+from store import StoreUnavailable, TaskStore
+from store.figures import StoreFigures
 from tests.cable import Cable
-from tests.conftest import unique
+from tests.conftest import NewDatabase, unique
 from tests.gateway.conftest import Api, NewRun
 from tests.gateway.serving import Gateway, bearer, served, tick, token_for
 from tests.metrics_page import value_in
@@ -99,6 +101,36 @@ async def test_without_postgresql_tasks_are_started_and_none_is_read(temporal_en
 def value_of(metrics: str, name: str, **labels: str) -> float:
     """A sample's value; 0 where it was not counted yet."""
     return value_in(metrics, name, **labels) or 0.0
+
+
+async def test_figures_that_cannot_be_read_count_as_a_store_that_is_away_until_they_can(
+    new_database: NewDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, clock = TaskStore(await new_database()), [1_000.0]
+    page = MetricsPage(Metrics(), store, clock=lambda: clock[0])
+    figures, answers = store.figures, False
+
+    async def too_slow() -> StoreFigures:
+        if answers:
+            return await figures()
+        raise StoreUnavailable("it did not answer within 2.0 s")
+
+    monkeypatch.setattr(store, "figures", too_slow)
+
+    async def seen(seconds_later: float) -> tuple[float | None, float | None]:
+        clock[0] += seconds_later
+        text = (await page.text()).decode()
+        assert value_in(text, "tasks_queued", priority="standard") == 0
+        return value_in(text, "task_store_up"), value_in(text, "tasks_figures_age_seconds")
+
+    assert [(await seen(pause))[0] for pause in (0, 1, 6, 20)] == [0, 0, 0, 0]
+    answers = True
+    assert [await seen(6), await seen(10)] == [(1, 0), (1, 10)]
+    answers = False
+    assert [await seen(6), await seen(1), await seen(6)] == [(0, 16), (0, 17), (0, 23)]
+    answers = True
+    assert await seen(6) == (1, 0)
+    await store.close()
 
 
 async def test_metrics_count_what_happens(api: Api) -> None:
