@@ -11,6 +11,7 @@ from typing import Any, Final
 from temporalio.client import Client, Interceptor
 from temporalio.envconfig import ClientConfig
 from temporalio.runtime import Runtime
+from temporalio.service import RetryConfig
 
 from comfyui_temporal.encryption import NO_ENCRYPTION, PayloadEncryption
 from comfyui_temporal.plugin import TasksPlugin
@@ -28,12 +29,16 @@ async def connect(
     lazy: bool = False,
     encryption: PayloadEncryption = NO_ENCRYPTION,
     interceptors: Sequence[Interceptor] = (),
+    retries: RetryConfig | None = None,
 ) -> Client:
     """A client; `address` (`host:port`) and `namespace` take precedence over the environment configuration.
+
+    `retries`: how long the SDK tries a request again; default: its own.
 
     Raises RuntimeError (temporalio: connection failed) if the server cannot be reached and `lazy` is false.
     """
     options: dict[str, Any] = {**ClientConfig.load_client_connect_config(profile=profile)}
     options["target_host"] = address or options.get("target_host") or DEFAULT_ADDRESS
     options["namespace"] = namespace or options.get("namespace") or DEFAULT_NAMESPACE
-    return await Client.connect(**options, plugins=[TasksPlugin(encryption, interceptors)], runtime=runtime, lazy=lazy)
+    plugins = [TasksPlugin(encryption, interceptors)]
+    return await Client.connect(**options, plugins=plugins, runtime=runtime, lazy=lazy, retry_config=retries)

@@ -21,6 +21,7 @@ from gateway.app import create_app
 from gateway.draining import Draining, DrainingServer, served_beside
 from gateway.metrics import Metrics
 from gateway.page import PageSettings
+from gateway.temporal_refusals import RETRIES, CountRefusals
 from gateway.tokens import StreamTokens
 from gateway.uploads import UploadSettings
 from runtime import temporal_connection
@@ -68,7 +69,10 @@ async def serve(settings: Settings) -> None:
     dsn = database_of(settings)
     access, draining = access_by(settings), Draining()
     # Lazy: while Temporal is away callbacks are answered with 503, also at the start.
-    client = await temporal_connection.connect(settings, lazy=True)
+    metrics = Metrics()
+    client = await temporal_connection.connect(
+        settings, lazy=True, interceptors=[CountRefusals(metrics.temporal_refused)], retries=RETRIES
+    )
     try:
         store = TaskStore(dsn)
         callback_secrets = [secret.get_secret_value() for secret in settings.callback_secrets]
@@ -89,11 +93,11 @@ async def serve(settings: Settings) -> None:
             ended_streams_are_kept=settings.ended_streams == "keep",
             status_words={str(status): word for status, word in settings.status_words.items()},
             upload_settings=upload_settings_by(settings),
+            metrics=metrics,
         )
     except ValueError as error:
         raise CannotStart(str(error)) from None
 
-    metrics: Metrics = app.state.metrics
     limits = door_limits_by(settings)
 
     def door() -> Door:

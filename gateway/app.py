@@ -82,6 +82,7 @@ def create_app(
     ended_streams_are_kept: bool = False,
     status_words: Mapping[str, str] = MappingProxyType({}),
     upload_settings: UploadSettings | None = None,
+    metrics: Metrics | None = None,
 ) -> FastAPI:
     """The application. It closes what it opens; the caller closes client and store.
 
@@ -90,11 +91,12 @@ def create_app(
     `short_way`: ticks are stored here and are no signals (decision 4).
     `limits_of` gives a tenant's limits. `ended_streams_are_kept`: a stream whose tasks have all ended stays open.
     `status_words`: other words for ends in events. `upload_settings`: default: nothing can be uploaded.
+    `metrics`: those that the client counts in; default: new ones.
     `public_url` is the address under which clients reach it; default: the address of their request.
     `operations_apart`: `/metrics` and `/openapi.json` are served by `app.state.operations` alone, an application for a
     port of its own. `app.state.callbacks.outcomes` counts callbacks by outcome. Raises ValueError for unusable secrets.
     """
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     draining = draining or Draining()
     relay = CallbackRelay(TaskRuns(temporal, store, metrics))
     log_writer = TrainingLogWriter(store)

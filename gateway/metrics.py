@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from comfyui_temporal.contracts.permissions import Scene
+from gateway.temporal_refusals import OPERATIONS
 from store import StoreFailure, TaskStore
 from store.figures import StoreFigures
 from store.upkeep import QueueState
@@ -59,6 +60,15 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self.temporal_refused = Counter(
+            "gateway_temporal_refused",
+            "Requests that Temporal refused because its limits are reached.",
+            ("operation",),
+            registry=self.registry,
+        )
+        for operation in OPERATIONS:
+            # Shown from the start: Prometheus sees no increase in a counter that begins with 1.
+            self.temporal_refused.labels(operation)
         self.queued = Gauge("tasks_queued", "Tasks queued now.", ("priority",), registry=self.registry)
         self.queue_wait = Gauge(
             "tasks_queue_wait_seconds",

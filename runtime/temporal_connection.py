@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final
 
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
-from temporalio.client import Client
+from temporalio.client import Client, Interceptor
 from temporalio.runtime import Runtime
-from temporalio.service import RPCError, RPCStatusCode
+from temporalio.service import RetryConfig, RPCError, RPCStatusCode
 
 from comfyui_temporal import connecting
 from comfyui_temporal.encryption import encryption_by
@@ -19,7 +20,14 @@ from runtime.settings import Settings
 LOOK_SECONDS: Final = 3.0
 
 
-async def connect(settings: Settings, *, runtime: Runtime | None = None, lazy: bool = False) -> Client:
+async def connect(
+    settings: Settings,
+    *,
+    runtime: Runtime | None = None,
+    lazy: bool = False,
+    interceptors: Sequence[Interceptor] = (),
+    retries: RetryConfig | None = None,
+) -> Client:
     """A client from Temporal's environment configuration; our `temporal_*` settings take precedence.
 
     Raises RuntimeError (temporalio: connection failed) if the server cannot be reached.
@@ -31,7 +39,8 @@ async def connect(settings: Settings, *, runtime: Runtime | None = None, lazy: b
         runtime=runtime,
         lazy=lazy,
         encryption=encryption_by(settings.encryption_keys),
-        interceptors=tracing.interceptors(),
+        interceptors=[*tracing.interceptors(), *interceptors],
+        retries=retries,
     )
 
 

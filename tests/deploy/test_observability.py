@@ -29,7 +29,6 @@ TEMPORALS: Final = {
     *("temporal_num_pollers", "temporal_worker_task_slots_available", "temporal_sticky_cache_size"),
     "temporal_workflow_task_execution_failed_total",
     "temporal_workflow_task_schedule_to_start_latency_seconds_bucket",
-    "temporal_request_failure_total",
     "temporal_activity_execution_failed_total",
     "temporal_sticky_cache_total_forced_eviction_total",
 }
