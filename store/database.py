@@ -5,7 +5,7 @@ Departures from the usual
    would make the driver wait for a hanging server and block the caller for seconds. All work here may be repeated, so
    a write that lands late does no harm.
 2. No ping before use: it would cost every write a round trip. A pooled connection that the server has closed fails
-   at first use, and the work is repeated once on a new one.
+   at first use, and the work is repeated once on a new one. So does one whose server only reads since a failover.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, NoReturn, TypeVar
 
 import asyncpg
-from sqlalchemy.engine import make_url
+from sqlalchemy import event
+from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
@@ -41,6 +42,17 @@ DRIVER_ERRORS: Final = (
 _REFUSED_CLASSES: Final = ("22", "23")
 """SQLSTATE classes: data exception, integrity constraint violation."""
 _MISSING_TABLE: Final = "42P01"
+_READ_ONLY: Final = "25006"
+_LEFT: Final = frozenset({_READ_ONLY, "57P01", "57P02"})
+"""A new connection may lead to another server: this one only reads (a standby, after a failover), or shuts down."""
+ALIVE: Final = f"""
+DO $$ BEGIN
+  IF current_setting('transaction_read_only') = 'on' THEN
+    RAISE SQLSTATE '{_READ_ONLY}' USING MESSAGE = 'the server only reads';
+  END IF;
+END $$
+"""
+"""Fails where the server answers and takes no writes."""
 
 
 def address_of(dsn: str) -> str:
@@ -53,6 +65,12 @@ def address_of(dsn: str) -> str:
         raise ValueError("The database DSN must look like postgresql://user:password@host:port/database.") from None
     host = url.host or next(iter(url.normalized_query.get("host", ())), "localhost")
     return f"{host}{f':{url.port}' if url.port else ''}/{url.database or ''}"
+
+
+def _leave_server(context: ExceptionContext) -> None:
+    """No connection that the pool has now is used again."""
+    if getattr(context.original_exception, "sqlstate", None) in _LEFT:
+        context.is_disconnect = True
 
 
 class Database:
@@ -69,6 +87,7 @@ class Database:
             max_overflow=0,
             pool_timeout=CONNECT_SECONDS,
         )
+        event.listen(self._engine.sync_engine, "handle_error", _leave_server)
         self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._outliving: set[asyncio.Task[Any]] = set()
 
@@ -163,6 +182,10 @@ class Database:
             raise StoreUnavailable(
                 f"PostgreSQL at {self.address} has no task store tables, noticed while {doing}: "
                 "run `python -m store migrate`."
+            ) from None
+        if state == _READ_ONLY:
+            raise StoreUnavailable(
+                self._sentence(doing, "it takes no writes (a standby, or set to read only)")
             ) from None
         reason = f"{type(cause).__name__}{f' (SQLSTATE {state})' if state else ''}"
         raise StoreUnavailable(self._sentence(doing, reason)) from None

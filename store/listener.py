@@ -15,7 +15,7 @@ from typing import Any, Final
 import asyncpg
 import structlog
 
-from store.database import DRIVER_ERRORS
+from store.database import ALIVE, DRIVER_ERRORS
 from store.tables import EVENTS_CHANNEL
 
 log = structlog.get_logger(__name__)
@@ -75,7 +75,7 @@ class EventListener:
             with suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), SIGN_OF_LIFE_SECONDS)
                 raise ConnectionResetError("the server closed the connection")
-            await connection.execute("SELECT 1", timeout=ANSWER_SECONDS)
+            await connection.execute(ALIVE, timeout=ANSWER_SECONDS)
 
     def _notified(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
         task_id, _, seq = str(payload).rpartition(":")

@@ -49,7 +49,7 @@ from store import (
 from store.audit import AuditRecord
 from store.by_hand import Found
 from store.cursors import list_cursor, place_of_cursor, seq_of_cursor
-from store.database import POOL_SIZE, WORK_SECONDS, Database
+from store.database import ALIVE, POOL_SIZE, WORK_SECONDS, Database
 from store.failures import TablesTooOld
 from store.figures import StoreFigures
 from store.home import StoreHome
@@ -515,8 +515,10 @@ class TaskStore:
         )
 
     async def check(self) -> None:
-        """Raises StoreUnavailable if PostgreSQL does not answer."""
-        await self._database.read(lambda connection: connection.execute(upkeep.ALIVE), doing="checking that it answers")
+        """Raises StoreUnavailable if PostgreSQL does not answer, or takes no writes."""
+        await self._database.read(
+            lambda connection: connection.exec_driver_sql(ALIVE), doing="checking that it answers"
+        )
 
 
 def _page(rows: Sequence[TaskRow | UnreadableRow], limit: int) -> TaskPage:

@@ -12,7 +12,6 @@ from sqlalchemy import (
     Select,
     Table,
     Text,
-    TextClause,
     any_,
     bindparam,
     delete,
@@ -80,7 +79,6 @@ def _some_of(table: Table) -> Delete:
     return delete(table).where(place == any_(func.array(some.limit(LINES_AT_ONCE).scalar_subquery())))
 
 
-ALIVE: Final[TextClause] = text("SELECT 1")
 _ENDED: Final = (
     select(tasks.c.task_id, func.array_append(tasks.c.job_ids, tasks.c.job_id).label("job_ids"))
     .where(tasks.c.ended_at.is_not(None), ~still_looked_at())

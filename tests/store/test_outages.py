@@ -154,3 +154,48 @@ async def test_missing_tables_are_reported_with_the_command_that_creates_them(ne
     with pytest.raises(StoreUnavailable, match="python -m store migrate"):
         await store.claim(claim_of(new_task_id()))
     await store.close()
+
+
+async def test_a_server_that_only_reads_is_left_at_the_first_write_after_the_failover(
+    new_database: NewDatabase,
+) -> None:
+    """As after a failover by name: the pool's connections still lead to the old server, now a standby."""
+    dsn = await new_database()
+    database = (await _asked(dsn, "SELECT current_database()"))[0][0]
+    store, checked = TaskStore(dsn), TaskStore(dsn)
+    task_id = new_task_id()
+    await store.claim(claim_of(task_id))
+    await _asked(dsn, f'ALTER DATABASE "{database}" SET default_transaction_read_only = on')
+    await _asked(dsn, _END_OTHERS)
+
+    with pytest.raises(StoreUnavailable, match="takes no writes"):
+        await store.write(write_of(task_id, fact("standby")))
+    for reader in (store, checked):
+        with pytest.raises(StoreUnavailable, match="takes no writes"):
+            await reader.check()
+        # Reading is still possible, and fills the pool.
+        assert await asyncio.gather(*(reader.task(task_id) for _ in range(POOL_SIZE)))
+    await _asked(dsn, f'SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE; ALTER DATABASE "{database}" RESET ALL')
+
+    await store.write(write_of(task_id, fact("primary")))
+    await checked.check()
+
+    assert [event.seq for event in await store.events(task_id)] == [1, 2]
+    for one in (store, checked):
+        await one.close()
+
+
+_END_OTHERS = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() "
+    "AND pid <> pg_backend_pid()"
+)
+
+
+async def _asked(dsn: str, statement: str) -> list[asyncpg.Record]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        for part in statement.split("; "):
+            rows = await connection.fetch(part)
+        return rows
+    finally:
+        await connection.close()
