@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,6 +73,60 @@ async def test_processes_that_migrate_concurrently_take_turns_and_keep_what_is_t
 
     assert await store.task(task_id) is not None
     await store.close()
+
+
+async def test_a_long_reader_holds_up_a_migration_and_a_migration_nobody_else(new_database: NewDatabase) -> None:
+    dsn = await new_database(migrated=False)
+    await migrate(dsn, revision="0010")
+    reader, other = await asyncpg.connect(dsn), await asyncpg.connect(dsn)
+    await reader.execute("BEGIN; SELECT FROM tasks")
+    migrating = asyncio.create_task(migrate(dsn))
+    began = time.monotonic()
+    waits: list[float] = []
+    while time.monotonic() - began < 6:
+        asked = time.monotonic()
+        await other.fetch("SELECT FROM tasks", timeout=20)
+        waits.append(time.monotonic() - asked)
+        await asyncio.sleep(0.05)
+        if waits[-1] > 3:
+            break
+    assert not migrating.done()
+    await reader.execute("COMMIT")
+    await asyncio.wait_for(migrating, 30)
+
+    assert max(waits) < 3, "a migration that waits for a lock holds up everybody behind it"
+    assert "taken" in {row["column_name"] for row in await other.fetch(_COLUMNS)}
+    for connection in (reader, other):
+        await connection.close()
+
+
+async def test_a_migration_that_gives_up_names_who_uses_the_table_and_keeps_what_is_done(
+    new_database: NewDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The package has a function of the module's name.
+    for name, value in (("TRIES", 2), ("PAUSE_SECONDS", 0.1), ("LOCK_MILLISECONDS", 200)):
+        monkeypatch.setattr(sys.modules["store.migrate"], name, value)
+    dsn = await new_database(migrated=False)
+    await migrate(dsn, revision="0009")
+    reader = await asyncpg.connect(dsn, server_settings={"application_name": "a report"})
+    await reader.execute("BEGIN; SELECT FROM tasks")
+
+    with pytest.raises(StoreUnavailable, match=rf"process {reader.get_server_pid()} .*a report, idle in transaction"):
+        await migrate(dsn)
+
+    assert await reader.fetchval("SELECT version_num FROM alembic_version") == "0010"
+    await reader.execute("COMMIT")
+    await migrate(dsn)
+    await reader.close()
+
+
+async def test_a_revision_that_there_is_not_is_a_sentence(new_database: NewDatabase) -> None:
+    dsn = await new_database()
+    with pytest.raises(ValueError, match="9999"):
+        await migrate(dsn, revision="9999")
+
+
+_COLUMNS = "SELECT column_name FROM information_schema.columns WHERE table_name = 'tasks'"
 
 
 async def test_the_services_user_works_with_the_tables_and_changes_none_of_them(
