@@ -12,8 +12,9 @@ from comfyui_temporal.command_line.connection import Connection
 from comfyui_temporal.command_line.failures import BadInput
 from comfyui_temporal.command_line.settings import read_settings
 from doctor.finding import Finding, note, ok, wrong
+from runtime.reconciler_schedule import last_pass, standing_reconciler
 from runtime.settings import Settings
-from store import StoreFailure, TaskStore, UnseenTaskRow
+from store import StoreFailure, TablesTooOld, TaskStore, UnseenTaskRow
 from store.namespace_check import home_of
 
 SHOWN: Final = 5
@@ -62,9 +63,12 @@ async def check_store(connection: Connection, settings: Settings) -> list[Findin
         return []
     try:
         async with _opened(dsn) as store:
+            await store.check_tables()
             home, ours = await store.home(), await home_of(connection.client)
             unseen = await store.unseen_tasks()
             address = store.address
+    except TablesTooOld as failure:
+        return [wrong("task store", str(failure), "Workers and gateways of this version do not start on it.")]
     except (StoreFailure, ValueError) as failure:
         return [
             wrong("task store", str(failure), "Workers and gateway need it: correct COMFYUI_TEMPORAL_DATABASE_DSN.")
@@ -74,11 +78,13 @@ async def check_store(connection: Connection, settings: Settings) -> list[Findin
     if not home.is_same(ours):
         advice = f"Correct namespace or database, or bind it again: python -m store bind --namespace {ours.namespace}"
         return [wrong("task store", f"{address} belongs to Temporal namespace {home}, not to {ours}", advice)]
-    return [ok("task store", f"{address} belongs to namespace {home.namespace!r}"), _unseen(unseen)]
+    return [ok("task store", f"{address} belongs to namespace {home.namespace!r}"), await _unseen(connection, unseen)]
 
 
-def _unseen(unseen: list[UnseenTaskRow]) -> Finding:
+async def _unseen(connection: Connection, unseen: list[UnseenTaskRow]) -> Finding:
     if not unseen:
+        if not await _has_looked(connection):
+            return note("open tasks", "no pass of the reconciler is known that has looked at them")
         return ok("open tasks", "the reconciler can check each of them")
     shown = [
         f"{task.task_id} (since {task.first_at:%Y-%m-%d %H:%M}, {task.times} times): {task.reason}" for task in unseen
@@ -89,3 +95,11 @@ def _unseen(unseen: list[UnseenTaskRow]) -> Finding:
         f"the reconciler cannot check {len(unseen)} of them: if such a run is over, nothing of it is given back yet",
         "\n      ".join(shown[:SHOWN] + more),
     )
+
+
+async def _has_looked(connection: Connection) -> bool:
+    try:
+        standing = await standing_reconciler(connection.client, connection.task_queue)
+        return standing is not None and await last_pass(connection.client, standing) is not None
+    except RPCError:
+        return False

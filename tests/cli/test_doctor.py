@@ -25,7 +25,7 @@ from proof.simulators.tokens import Tokens
 from runtime import temporal_connection
 from runtime.reconciler_schedule import ensure_reconciler
 from runtime.settings import Settings
-from store import StoreHome, TaskStore, UnseenTask
+from store import StoreHome, TaskStore, UnseenTask, migrate
 from store.namespace_check import home_of
 from tests.cli.conftest import USED, Ended, run_command
 from tests.conftest import NewDatabase, unique
@@ -193,8 +193,22 @@ async def test_without_a_token_the_setting_is_named(opened: Connection) -> None:
     assert "COMFYUI_TEMPORAL_SERVICE_SECRET" in ended.out
 
 
-async def test_the_task_store_and_what_could_not_be_looked_at_are_shown(
+async def test_a_store_whose_tables_this_version_refuses_is_wrong(
     opened: Connection, simulators: Simulators, new_database: NewDatabase
+) -> None:
+    dsn = await new_database(migrated=False)
+    await migrate(dsn, revision="0010")
+    store = TaskStore(dsn)
+    await store.bind(await home_of(opened.client))
+    await store.close()
+    ended, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_DATABASE_DSN=dsn)
+    assert ended.exit_code == 1
+    assert "task store" in wrong_checks(findings)
+    assert "revision 0010" in findings["task store"].says and "store migrate" in findings["task store"].says
+
+
+async def test_the_task_store_and_what_could_not_be_looked_at_are_shown(
+    opened: Connection, simulators: Simulators, new_database: NewDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dsn = await new_database()
     store = TaskStore(dsn)
@@ -203,6 +217,14 @@ async def test_the_task_store_and_what_could_not_be_looked_at_are_shown(
     _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_DATABASE_DSN=dsn)
     assert findings["task store"].verdict is Verdict.NOTE
     await store.bind(await home_of(opened.client))
+    _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_DATABASE_DSN=dsn)
+    assert (findings["task store"].verdict, findings["open tasks"].verdict) == (Verdict.OK, Verdict.NOTE)
+    assert "no pass of the reconciler is known" in findings["open tasks"].says
+
+    async def a_pass(_connection: Connection) -> bool:
+        return True
+
+    monkeypatch.setattr("doctor.task_store._has_looked", a_pass)
     _, findings = await examined(opened, simulators, COMFYUI_TEMPORAL_DATABASE_DSN=dsn)
     assert findings["task store"].verdict is findings["open tasks"].verdict is Verdict.OK
     await store.note_looks(unseen_tasks=[UnseenTask(task_id=task_id, reason="Its run is paused.")])
