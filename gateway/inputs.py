@@ -23,6 +23,8 @@ class StoredInputs:
     def __init__(self, store: TaskStore, encryption: PayloadEncryption) -> None:
         self._store = store
         self._encryption = encryption
+        self._said: set[str] = set()
+        """Why inputs are not shown: a sentence for each key."""
 
     async def of_task(self, task_id: str) -> Document | None:
         """The whole input; None where none is stored or no key here opens it. Raises StoreUnavailable."""
@@ -43,7 +45,10 @@ class StoredInputs:
         try:
             opened: Document = json.loads(self._encryption.opened(stored.sealed))
         except EncryptionError as error:
-            log.warning("input_not_shown", task_id=task_id, code=error.code)
+            # Once: after a key was removed too early each list that anybody reads has many of them.
+            if (reason := str(error)) not in self._said:
+                self._said.add(reason)
+                log.warning("inputs_not_shown", task_id=task_id, code=error.code, detail=reason)
             return None
         return opened
 

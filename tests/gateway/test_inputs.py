@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from comfyui_temporal.contracts.tasks import ImageTask, TrainingTask, input_document
-from store import StoredInput
+from comfyui_temporal.encryption import PayloadEncryption
+from comfyui_temporal.encryption_keys import EncryptionKey
+from gateway.inputs import StoredInputs
+from store import StoredInput, TaskStore
 from tests.conftest import unique
 from tests.gateway.conftest import DEMO_TOKEN, OTHER_TOKEN, Api
 from tests.gateway.serving import bearer, token_for
@@ -82,6 +87,22 @@ def test_an_input_is_kept_whole_or_not_at_all() -> None:
     image = ImageTask(task_id="t", **IDS, template_id="t", prompt="p", options={"deadline_factor": 2})
     options = (input_document(image) or {})["options"]
     assert options == {"deadline_factor": 2}
+
+
+async def test_inputs_of_a_key_that_was_removed_are_left_out_and_logged_once(task_store: TaskStore) -> None:
+    ids = [new_task_id() for _ in range(3)]
+    old, new = (PayloadEncryption([EncryptionKey(name, name.encode() * 16)]) for name in ("k1", "k2"))
+    for task_id, key in zip(ids, (old, old, new), strict=True):
+        sealed = key.sealed(json.dumps({"prompt": task_id}).encode())
+        await task_store.claim(claim_of(task_id), given=StoredInput(sealed=sealed))
+    inputs = StoredInputs(task_store, new)
+
+    with capture_logs() as lines:
+        seen = [await inputs.of_tasks(ids) for _ in range(2)]
+
+    assert seen == [{ids[2]: {"prompt": ids[2]}}] * 2
+    assert [(line["event"], line["code"]) for line in lines] == [("inputs_not_shown", "encryption_key_missing")]
+    assert "'k1'" in lines[0]["detail"]
 
 
 async def test_the_tenant_is_told_what_is_open_its_balance_and_what_its_token_allows(api: Api) -> None:
