@@ -12,10 +12,13 @@ from typing import Final
 import httpx
 from dotenv import dotenv_values
 
+from store.database import address_of
+
 PREFIX: Final = "COMFYUI_TEMPORAL_"
 CREDITS_URL: Final = PREFIX + "CREDITS_URL"
 COMFYUI_URL: Final = PREFIX + "COMFYUI_URL"
 TASK_QUEUE: Final = PREFIX + "TASK_QUEUE"
+DATABASE_SETTING: Final = PREFIX + "DATABASE_DSN"
 _TOKENS: Final = tuple(
     PREFIX + name for name in ("SERVICE_SECRET", "SERVICE_TOKEN", "SERVICE_ISSUER", "SERVICE_AUDIENCE")
 )
@@ -51,9 +54,21 @@ def sentences() -> Iterator[str]:
     for setting, what in ((CREDITS_URL, "credits service"), (COMFYUI_URL, "ComfyUI service")):
         if (url := own_url(setting)) is not None:
             yield f"Your own {what} is used, {url} ({setting}): its points and jobs are real."
+    if dsn := os.environ.get(DATABASE_SETTING):
+        yield (
+            f"Your own PostgreSQL is used, {_address(dsn)} ({DATABASE_SETTING}): its tables are migrated to this "
+            "version, unless they belong to another Temporal."
+        )
     for name in _IGNORED:
         if os.environ.get(name):
             yield f"{name} is set and not used: the local stack has a Temporal of its own, namespace 'default'."
+
+
+def _address(dsn: str) -> str:
+    try:
+        return address_of(dsn)
+    except ValueError:
+        return "which is no address of PostgreSQL"
 
 
 def silent_services() -> Iterator[str]:

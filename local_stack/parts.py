@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from temporalio.client import Client
+
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from local_stack.child import Part
 from local_stack.folder import PROJECT, RunFolder, StackFailure
-from local_stack.own_services import COMFYUI_URL, CREDITS_URL, own_url, tokens_of_own_services
+from local_stack.own_services import COMFYUI_URL, CREDITS_URL, DATABASE_SETTING, own_url, tokens_of_own_services
 from local_stack.own_services import TASK_QUEUE as TASK_QUEUE_SETTING
 from local_stack.pace import paced_settings
 from local_stack.ports import LOOPBACK
@@ -23,9 +25,10 @@ from local_stack.postgres import LocalPostgres
 from local_stack.temporal_server import NAMESPACE, LocalTemporal
 from proof.simulators.credits_profile import CONTRACT
 from runtime.settings import SECRETS
+from store import StoreUnavailable, TaskStore
+from store.namespace_check import home_of
 
 SETTINGS_PREFIX: Final = "COMFYUI_TEMPORAL_"
-DATABASE_SETTING: Final = SETTINGS_PREFIX + "DATABASE_DSN"
 PROFILE_SETTING: Final = SETTINGS_PREFIX + "SIMULATOR_CREDITS_PROFILE"
 DEFAULT_PROFILE: Final = CONTRACT.name
 TABLES: Final = "tables"
@@ -129,7 +132,12 @@ class LocalParts:
         return [self._ours("comfyui", "bridge", ["-m", "bridge"], needs=("temporal",)), *workers]
 
     async def make_tables(self) -> None:
-        """Migrate the task store's tables, once PostgreSQL is ready. Raises StackFailure."""
+        """Migrate the task store's tables, once PostgreSQL is ready; one's own PostgreSQL: once Temporal is.
+
+        Raises StackFailure, also for a store of the user's own that belongs to another Temporal: it stays as it is.
+        """
+        if self.postgres is None:
+            await self._refuse_strange_store()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "store", "migrate"),
             env={**self._environment_of("tables"), DATABASE_SETTING: self.owner_dsn},
@@ -141,6 +149,26 @@ class LocalParts:
         output, _ = await process.communicate()
         if process.returncode != 0:
             raise StackFailure(f"The task store's tables could not be made: {output.decode(errors='replace').strip()}")
+
+    async def _refuse_strange_store(self) -> None:
+        try:
+            store = TaskStore(self.database_dsn, pool_size=1)
+        except ValueError as error:
+            raise StackFailure(str(error)) from None
+        try:
+            home = await store.home()
+            ours = await home_of(await Client.connect(self.temporal.address, namespace=NAMESPACE))
+        except StoreUnavailable:
+            # It has no tables yet; or it is away, and the migration says so.
+            return
+        finally:
+            await store.close()
+        if home is not None and not home.is_same(ours):
+            raise StackFailure(
+                f"The task store at {store.address} ({DATABASE_SETTING}) belongs to Temporal namespace {home}, and the "
+                f"local stack has a Temporal of its own, {ours}: nothing was changed in it. Unset {DATABASE_SETTING}, "
+                "or name an empty database."
+            )
 
     def _environment_of(self, program: str) -> dict[str, str]:
         """All settings, and of the secrets its own."""

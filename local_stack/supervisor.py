@@ -99,8 +99,7 @@ class Supervisor:
             ready[child.part.name].set()
 
         async def make_tables() -> None:
-            if "postgres" in ready:
-                await ready["postgres"].wait()
+            await ready["postgres" if "postgres" in ready else "temporal"].wait()
             await parts.make_tables()
             ready[TABLES].set()
 

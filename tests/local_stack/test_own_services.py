@@ -12,14 +12,18 @@ from pathlib import Path
 
 import jwt
 import pytest
+from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.stack import StackDescription
 from local_stack.commands import _wait_for_enter, demo, up
 from local_stack.description import describe
 from local_stack.folder import PROJECT, RunFolder, StackFailure, StackRecord
-from local_stack.own_services import CREDITS_URL, TASK_QUEUE, sentences
+from local_stack.own_services import CREDITS_URL, DATABASE_SETTING, TASK_QUEUE, sentences
 from local_stack.parts import LocalParts
 from local_stack.ports import any_free_port, free_ports
+from store import StoreHome, TablesTooOld, TaskStore, migrate
+from store.namespace_check import home_of
+from tests.conftest import NewDatabase
 from tests.local_stack.folders import new_run_folder
 from tests.package.test_settings import STACK
 
@@ -111,6 +115,33 @@ def test_without_own_services_nothing_of_the_users_secrets_is_used(
     parts = LocalParts(folder, free_ports(), 1.0)
     assert SECRET not in [part.environment.get("COMFYUI_TEMPORAL_SERVICE_SECRET") for part in parts.processes()]
     assert list(sentences()) == []
+
+
+async def test_a_database_of_another_temporal_is_named_and_stays_as_it_is(
+    folder: RunFolder,
+    new_database: NewDatabase,
+    temporal_env: WorkflowEnvironment,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dsn = await new_database(migrated=False)
+    await migrate(dsn, revision="0010")
+    store = TaskStore(dsn)
+    await store.rebind(StoreHome(namespace="production", namespace_id="another server's"))
+    monkeypatch.setenv(DATABASE_SETTING, dsn)
+    address = temporal_env.client.service_client.config.target_host
+    parts = LocalParts(folder, {**free_ports(), "temporal": int(address.rpartition(":")[2])}, 1.0)
+
+    assert f"Your own PostgreSQL is used, {store.address}" in " ".join(sentences())
+    with pytest.raises(StackFailure, match="belongs to Temporal namespace 'production'") as refused:
+        await parts.make_tables()
+
+    assert store.address in str(refused.value)
+    with pytest.raises(TablesTooOld, match="revision 0010"):
+        await store.check_tables()
+    await store.rebind(await home_of(temporal_env.client))
+    await parts.make_tables()
+    await store.check_tables()
+    await store.close()
 
 
 @pytest.mark.slow
