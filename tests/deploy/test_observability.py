@@ -37,6 +37,7 @@ PROMETHEUS_OWN: Final = {"up", "ALERTS"}
 WORDS: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 NO_METRICS: Final = {
     *("sum", "max", "min", "rate", "increase", "histogram_quantile", "time", "scalar", "vector"),
+    *("max_over_time", "min_over_time", "timestamp", "clamp_max"),
     *("by", "on", "offset", "or", "and", "unless"),
 }
 
