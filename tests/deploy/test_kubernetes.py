@@ -133,9 +133,9 @@ def test_the_schemas_find_a_misspelt_field() -> None:
 
 
 def test_every_file_belongs_to_a_kustomization_and_every_kustomization_to_the_example() -> None:
-    reached = {FOLDER / "example", FOLDER / "migrate"}
+    reached = {FOLDER / "example", FOLDER / "example" / "migrate"}
     for path, [kustomization] in [(path, files()[path]) for path in files() if path.name == "kustomization.yaml"]:
-        listed = kustomization["resources"]
+        listed = kustomization.get("resources", [])
         for entry in [*listed, *kustomization.get("components", [])]:
             place = (path.parent / entry).resolve()
             assert place.exists(), entry
@@ -144,8 +144,45 @@ def test_every_file_belongs_to_a_kustomization_and_every_kustomization_to_the_ex
                 assert (place / "kustomization.yaml").is_file()
         beside = {other.name for other in files() if other.parent == path.parent} - {"kustomization.yaml"}
         assert beside == {entry for entry in listed if entry.endswith(".yaml")}
-        assert kustomization["kind"] == ("Component" if path.parent.parent.name == "components" else "Kustomization")
+        is_component = path.parent.parent.name == "components" or path.parent.name == "images"
+        assert kustomization["kind"] == ("Component" if is_component else "Kustomization")
     assert reached == {path.parent for path in files()}
+
+
+def _built(folder: Path) -> tuple[list[Json], dict[str, tuple[str, str]]]:
+    """The resources of a kustomization, and image → the name and tag that it gets."""
+    [kustomization] = files()[folder / "kustomization.yaml"]
+    made: list[Json] = []
+    images: dict[str, tuple[str, str]] = {}
+    for entry in [*kustomization.get("resources", []), *kustomization.get("components", [])]:
+        place = (folder / entry).resolve()
+        if place.is_dir():
+            inside, named = _built(place)
+            made, images = [*made, *inside], images | named
+        else:
+            made += files()[place]
+    own = {image["name"]: (image["newName"], image["newTag"]) for image in kustomization.get("images", [])}
+    return made, images | own
+
+
+def test_what_the_examples_commands_apply_is_in_one_namespace_and_of_one_version() -> None:
+    example = FOLDER / "example"
+    text = (example / "kustomization.yaml").read_text()
+    [(_, *created)] = re.findall(r"^#   (kubectl create namespace) (\S+)$", text, re.MULTILINE)
+    applied = re.findall(r"^#   kubectl apply --kustomize (\S+)$", text, re.MULTILINE)
+    assert applied == ["migrate", "."]
+    versions = set()
+    for folder in applied:
+        [kustomization] = files()[(example / folder / "kustomization.yaml").resolve()]
+        assert [kustomization["namespace"]] == created
+        made, images = _built((example / folder).resolve())
+        pods = [template_of(one)["spec"] for one in made if one["kind"] in ("Deployment", "Job", "CronJob")]
+        used = {box["image"] for pod in pods for box in [*pod["containers"], *pod.get("initContainers", [])]}
+        assert used and used <= images.keys(), "kubelet would look for an image of the bare name"
+        versions.add(images["comfyui-temporal"])
+    assert len(versions) == 1
+    for wait in re.findall(r"kubectl wait .*", "".join(path.read_text() for path in files())):
+        assert f"--namespace {created[0]} " in wait
 
 
 def test_names_of_one_kind_are_unique() -> None:
