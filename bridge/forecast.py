@@ -42,6 +42,7 @@ from comfyui_temporal.contracts.comfyui import Resolution, TaskPriority
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.tasks import PRIORITY_KEYS
+from runtime.pollers import pollers_of
 
 CACHE_SECONDS: Final = 3.0
 MEASURED_CACHE_SECONDS: Final = 20.0
@@ -193,7 +194,7 @@ class Forecast:
     async def _waiting_in(self, queues: Iterable[str]) -> Counter[int]:
         """Priority key → jobs that wait in these queues."""
         by_key: Counter[int] = Counter()
-        for seen in await asyncio.gather(*(self._describe(queue, stats=True) for queue in queues)):
+        for seen in await asyncio.gather(*(self._describe(queue) for queue in queues)):
             by_key.update({key: stats.approximate_backlog_count for key, stats in seen.stats_by_priority_key.items()})
         return by_key
 
@@ -237,10 +238,15 @@ class Forecast:
 
     async def _read_pollers(self) -> list[tuple[str, SeenServer, datetime]]:
         """(identity, server, last poll) of each GPU worker of the last minutes, those that have left among them."""
-        seen = await self._describe(presence_queue(self._task_queue))
+        pollers = await pollers_of(
+            self._client,
+            presence_queue(self._task_queue),
+            TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY,
+            within=timedelta(seconds=REQUEST_SECONDS),
+        )
         return [
             (poller.identity, server, poller.last_access_time.ToDatetime(UTC))
-            for poller in seen.pollers
+            for poller in pollers
             if (server := server_of(poller.identity)) is not None
         ]
 
@@ -338,13 +344,14 @@ class Forecast:
             )
         return rows
 
-    async def _describe(self, queue: str, *, stats: bool = False) -> DescribeTaskQueueResponse:
+    async def _describe(self, queue: str) -> DescribeTaskQueueResponse:
+        """With the backlog of all partitions; its pollers are those of one."""
         return await self._client.workflow_service.describe_task_queue(
             DescribeTaskQueueRequest(
                 namespace=self._client.namespace,
                 task_queue=TaskQueue(name=queue),
                 task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY,
-                report_stats=stats,
+                report_stats=True,
             ),
             timeout=timedelta(seconds=REQUEST_SECONDS),
         )

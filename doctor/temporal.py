@@ -7,8 +7,7 @@ from typing import Final
 
 from temporalio.api.enums.v1 import IndexedValueType, TaskQueueType
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
-from temporalio.api.taskqueue.v1 import TaskQueue
-from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest, DescribeTaskQueueRequest
+from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.service import RPCError, RPCStatusCode
 
 from comfyui_temporal.client.submission import RPC_TIMEOUT
@@ -17,6 +16,7 @@ from comfyui_temporal.contracts.reconcile import reconcile_id_of
 from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
 from comfyui_temporal.encryption import encryption_of
 from doctor.finding import Finding, note, ok, wrong
+from runtime.pollers import pollers_of
 from runtime.reconciler_schedule import last_pass, standing_reconciler
 
 LEAST_RETENTION: Final = timedelta(days=30)
@@ -100,13 +100,7 @@ async def _workers(connection: Connection) -> Finding:
         "activities": TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY,
     }
     for kind, queue_type in kinds.items():
-        described = await connection.client.workflow_service.describe_task_queue(
-            DescribeTaskQueueRequest(
-                namespace=connection.server.namespace, task_queue=TaskQueue(name=queue), task_queue_type=queue_type
-            ),
-            timeout=RPC_TIMEOUT,
-        )
-        pollers[kind] = len(described.pollers)
+        pollers[kind] = len(await pollers_of(connection.client, queue, queue_type, within=RPC_TIMEOUT))
     idle = [kind for kind, count in pollers.items() if not count]
     if idle:
         return wrong(

@@ -15,11 +15,10 @@ from typing import Final
 
 import httpx
 from temporalio.api.enums.v1 import TaskQueueType
-from temporalio.api.taskqueue.v1 import TaskQueue
-from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import Client
 from temporalio.service import RPCError
 
+from runtime.pollers import pollers_of
 from runtime.required_settings import CannotStart
 
 LOOK_SECONDS: Final = 3.0
@@ -80,14 +79,11 @@ async def is_polling(
     kind: TaskQueueType.ValueType = TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW,
 ) -> bool:
     """Whether Temporal sees a worker of this identity poll the queue. False if it does not answer."""
-    request = DescribeTaskQueueRequest(
-        namespace=client.namespace, task_queue=TaskQueue(name=task_queue), task_queue_type=kind
-    )
     try:
-        seen = await client.workflow_service.describe_task_queue(request, timeout=timedelta(seconds=LOOK_SECONDS))
+        pollers = await pollers_of(client, task_queue, kind, within=timedelta(seconds=LOOK_SECONDS))
     except RPCError:
         return False
-    return any(poller.identity == identity for poller in seen.pollers)
+    return any(poller.identity == identity for poller in pollers)
 
 
 class FirstAnswers:
