@@ -241,10 +241,19 @@ def test_services_listen_where_others_look_for_them(monkeypatch: pytest.MonkeyPa
 def test_a_drain_is_never_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     grace = settings_of("worker", monkeypatch).grace_seconds
     assert int(services()["worker"]["stop_grace_period"].removesuffix("s")) > grace
-    assert int(services()["bridge"]["stop_grace_period"].removesuffix("s")) > BRIDGE_GRACE_SECONDS
+    # Requests, then calls in flight, as in deploy/kubernetes.
+    assert int(services()["bridge"]["stop_grace_period"].removesuffix("s")) > 2 * BRIDGE_GRACE_SECONDS + 10
     assert int(services()["gateway"]["stop_grace_period"].removesuffix("s")) > GATEWAY_GRACE_SECONDS
     gpu_grace = settings_of("gpu-worker", monkeypatch).gpu_grace_seconds
     assert int(services()["gpu-worker"]["stop_grace_period"].removesuffix("s")) > gpu_grace
+
+
+def test_every_command_for_compose_names_the_file_without_which_it_refuses_to_start() -> None:
+    pages = [*(PROJECT / "docs").glob("*.md"), *PROJECT.glob("README*.md"), PROJECT / "docker-compose.yml"]
+    commands = [found for page in pages for found in re.findall(r"docker compose [^`\n]*", page.read_text())]
+    assert commands
+    for command in commands:
+        assert "--env-file deploy/compose.env" in command, command
 
 
 def test_what_a_service_waits_for_exists_and_can_come_true() -> None:
