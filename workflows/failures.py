@@ -11,7 +11,7 @@ Any other exception in workflow code is a bug or an eviction: it fails the workf
 
 from __future__ import annotations
 
-from temporalio.exceptions import ApplicationError, FailureError
+from temporalio.exceptions import ActivityError, ApplicationError, FailureError, TimeoutError, TimeoutType
 
 from comfyui_temporal.contracts.errors import JOB_CODES, ErrorDetails, FailureCode, Refusal
 
@@ -64,6 +64,20 @@ class TaskFailed(TaskEnd):
         known = {code.value for code in FailureCode}
         code = FailureCode(details.code) if details.code in known else FailureCode.INTERNAL
         return cls(code, details.message or f"The task had failed with {details.code}.", details)
+
+
+def is_own_absence(error: FailureError) -> bool:
+    """Whether the call's time passed although no attempt of it has failed at the other party.
+
+    No worker of ours took it, or those that did were lost. An attempt in flight counts as the other party's silence.
+    """
+    cause = error.cause
+    if not isinstance(error, ActivityError) or not isinstance(cause, TimeoutError) or error.started_event_id:
+        return False
+    last = cause.cause
+    was_lost = isinstance(last, TimeoutError) and last.type is TimeoutType.HEARTBEAT
+    is_over = cause.type in (TimeoutType.SCHEDULE_TO_CLOSE, TimeoutType.SCHEDULE_TO_START)
+    return is_over and (last is None or was_lost)
 
 
 def failure_from(error: FailureError, unavailable: FailureCode) -> TaskFailed:

@@ -86,6 +86,12 @@ class InterruptibleWaits:
         if hold is not None:
             hold.check()
 
+    def raise_if_over(self) -> None:
+        """Raise TaskFailed `timeout` when the task's time is over."""
+        latest = self.latest()
+        if latest is not None and workflow.now() >= latest:
+            raise _timeout()
+
     async def until(self, happened: Callable[[], bool], *, at: datetime | None = None, summary: str) -> bool:
         """Wait until `happened()`, or until `at`. Returns whether it happened. Raises as `raise_if_interrupted`."""
         while not happened():

@@ -28,7 +28,7 @@ from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.tasks import PRIORITY_KEYS
 from workflows.alarm import Alarm
 from workflows.earlier_life import is_of_store, was_stopped
-from workflows.failures import RowEnded, failure_from
+from workflows.failures import RowEnded, failure_from, is_own_absence
 from workflows.interruptible import InterruptibleWaits
 from workflows.step_labels import STEP_LABELS, wait_in
 from workflows.stop import Stop
@@ -65,6 +65,7 @@ arrives then is replayed earlier than it was handled. Where it changes a decisio
 nondeterministic.
 """
 LOCAL_RETRY_THRESHOLD: Final = timedelta(seconds=2.5)
+OWN_ABSENCE: Final = "own-absence-is-no-outage"
 ROUNDS_COUNTED: Final = "calls-before-an-outage-of-the-store-counted-as-tries"
 
 
@@ -130,9 +131,9 @@ class OutsideCall:
     ) -> Answer[Reply]:
         """A call that begins something, retried for the policy's `opening_call_minutes`.
 
-        Time in which the task store is away does not count, and the hold is kept alive. Raises TaskFailed (the party's
-        `*_unavailable`, `reply_invalid`, `timeout` or `credit_exhausted`), TaskStopped where a cancel came before the
-        answer, RowEnded where the task has ended.
+        Time in which the task store or our own workers are away does not count, and the hold is kept alive. Raises
+        TaskFailed (the party's `*_unavailable`, `reply_invalid`, `timeout` or `credit_exhausted`), TaskStopped where a
+        cancel came before the answer, RowEnded where the task has ended.
         """
         within = timedelta(minutes=self.limits.policy.opening_call_minutes)
         rounds = 0
@@ -151,6 +152,10 @@ class OutsideCall:
                     raise end from error
                 if is_of_store(error):
                     rounds += 1
+                    continue
+                if is_own_absence(error) and workflow.patched(OWN_ABSENCE):
+                    self.waits.raise_if_over()
+                    rounds += error.__cause__ is not None and error.__cause__.__cause__ is not None
                     continue
                 raise failure_from(error, _unavailable(method)) from error
             self.earlier.learn_from(answer)
