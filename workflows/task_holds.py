@@ -30,7 +30,7 @@ from comfyui_temporal.contracts.errors import (
     Refusal,
     RefusalKind,
 )
-from comfyui_temporal.contracts.requests import HoldState, RequestedHold, RequestOutcome
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold, RequestOutcome, is_key_conflict
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskInput
@@ -49,6 +49,7 @@ LAST_SECONDS: Final = timedelta(seconds=60)
 SHORTEST_LIFE_SECONDS: Final = 120
 """Past the deadline, for example. A hold of 60 s would be too short as soon as it is granted, again and again."""
 STOPPED_MAY_BE_HELD: Final = "stopped-renewal-may-be-held"
+CONFLICT_LOOKED_UP: Final = "cancel-under-a-taken-key-looked-up"
 UNKNOWN_HOLD_PUBLISHED: Final = "unknown-hold-told-as-given-back"
 
 Back = Callable[[Callable[[], bool]], Awaitable[None]]
@@ -300,9 +301,15 @@ class TaskHolds:
             answer = await self._outside.in_background(
                 CreditsActivities.cancel_hold, post, summary=self._outside.labels.cancel_hold
             )
-            if answer is None or not is_key_of_earlier_life(answer, self._outside.earlier):
+            if answer is None or not self._is_key_taken(answer):
                 break
         return answer
+
+    def _is_key_taken(self, answer: Answer[CancelHoldReply]) -> bool:
+        """Whether another life of the task cancelled the hold for another reason: nobody else uses the key."""
+        if not is_key_conflict(answer):
+            return False
+        return self._outside.earlier.is_possible or workflow.patched(CONFLICT_LOOKED_UP)
 
     async def _learn(self, hold: RequestedHold) -> bool:
         """Repeat key and body to learn the id of a hold whose answer was lost. Returns whether there is such a hold."""
@@ -325,7 +332,10 @@ class TaskHolds:
         return False
 
     async def _cancel_refused(self, hold: RequestedHold, refusal: Refusal) -> None:
-        found = await self.fate_of(hold) if refusal.kind is RefusalKind.HOLD_ALREADY_RESOLVED else None
+        is_over = refusal.kind is RefusalKind.HOLD_ALREADY_RESOLVED or (
+            refusal.kind is RefusalKind.KEY_CONFLICT and workflow.patched(CONFLICT_LOOKED_UP)
+        )
+        found = await self.fate_of(hold) if is_over else None
         hold.resolved = True  # only now: a run that continues as new before this has to cancel again
         if refusal.kind is RefusalKind.HOLD_NOT_FOUND:
             if workflow.patched(UNKNOWN_HOLD_PUBLISHED):

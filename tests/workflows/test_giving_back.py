@@ -108,6 +108,20 @@ async def test_a_cancel_refused_by_another_name_leaves_the_hold_to_its_expiry(
     assert ending.result["credits"]["settlement"] == ("unknown" if exceptions else "settled")
 
 
+@pytest.mark.by_contract("it keeps keys")
+async def test_a_hold_that_another_life_cancelled_for_another_reason_is_given_back(quick_platform: Platform) -> None:
+    payer = await new_payer(quick_platform)
+    task = payer.image()
+    handle = await start_held(quick_platform, task)
+    [hold] = await holds_of(quick_platform, handle)
+    body = {"pre_deduct_id": hold.pre_deduct_id, "reason": "of a life before the reset"}
+    await payer.post("cancel", f"{task['task_id']}:cancel:1", body)
+    await quick_platform.cancel(handle)
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, [])
+    assert ending.result["credits"]["settlement"] == "settled"
+
+
 async def test_a_cancel_that_stays_unreadable_leaves_the_hold_to_its_expiry(patient_platform: Platform) -> None:
     task = patient_platform.image()
     unreadable = await patient_platform.simulators.admin.credits.fault(
