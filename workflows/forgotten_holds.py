@@ -25,6 +25,7 @@ ROW_AWAITED: Final = "row-awaited-where-holds-may-be-forgotten"
 NAMELESS_COUNTED: Final = "nameless-holds-counted-beside-the-known-ones"
 UNKNOWN_RECORDED: Final = "unknown-end-of-an-earlier-lifes-hold-recorded"
 UNKNOWN_LOOKED_UP: Final = "unknown-ends-looked-up-again-at-the-delivery"
+ENDS_SEEN: Final = "unknown-ends-seen-by-the-last-reading"
 REASON: Final = "taken before the task's run was reset"
 """The same in every request: a run that continues as new, and is reset, may send one again under its key."""
 
@@ -97,6 +98,8 @@ class ForgottenHolds:
         if await self._cancel_all([*doubtful, *others], own):
             ledger = await self._ledger.once_all_ended(but=self.own_standing(), known=len(known))
         is_learned = self._learn_charged(ledger)
+        if is_learned and not keep_one and self._ends.are_unknown and self._have_all_ended(ledger, list(known)):
+            self._ends.find_out_again()
         self.is_unknown = not is_learned if finds_out_again else self._state.is_unknown
         # With `keep_one` a charge follows, and whoever makes it records what stays unknown, with its cost.
         if not is_learned and not keep_one and workflow.patched(UNKNOWN_RECORDED):
@@ -105,6 +108,15 @@ class ForgottenHolds:
             await self._record_nameless()
         self.is_done = True
         return len(known) > len(own)
+
+    def _have_all_ended(self, ledger: TaskLedger | None, known: list[str]) -> bool:
+        """Whether the ledger shows the end of every hold: what it shows decides, not what was unknown before."""
+        if ledger is None:
+            return False
+        stands = ledger.open_holds()
+        is_whole = len(ledger.holds) >= len(known) + (0 if ledger.tells_ids else self._state.granted_before)
+        has_ends = not ledger.tells_ids or ledger.ended_ids().issuperset(known)
+        return is_whole and has_ends and not stands.named and not stands.nameless and workflow.patched(ENDS_SEEN)
 
     async def _cancel_all(self, hold_ids: list[str], own: dict[str, RequestedHold]) -> bool:
         """Cancel these holds. Returns whether one of them may have been committed."""

@@ -19,9 +19,10 @@ from tests.workflows.payers import (
     holds_of,
     kinds_of,
     new_payer,
+    refuse_cancels,
     until_started,
 )
-from tests.workflows.platform import Handle, Platform
+from tests.workflows.platform import Handle, Platform, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, work_goes_on
 from tests.workflows.resets import point_before, points_of, reset
 from tests.workflows.test_settlement import cancelled_by_another_caller, delivered, start_reporting
@@ -243,3 +244,21 @@ async def test_a_failed_task_whose_earlier_hold_has_an_unknown_end_says_so(patie
     credits = ending.result["credits"]
     assert (credits["settlement"], credits["charged"], credits["returned"]) == ("unknown", None, None)
     assert sorted(ending.exceptions) == ["node_error", "settlement_unknown"]
+
+
+async def test_a_hold_whose_end_the_last_reading_shows_leaves_nothing_unknown(patient_platform: Platform) -> None:
+    """Its cancel was refused, and it ended by itself before the reset task did."""
+    handle = await stalled(patient_platform, (await new_payer(patient_platform)).image())
+    run = await reset_to_its_start(patient_platform, handle, holds=2)
+    await refuse_cancels(patient_platform, handle)
+    job = await patient_platform.job(run)
+    await patient_platform.simulators.admin.comfyui.act(job.run_id, "fail", code="node_error")
+    cancels = patient_platform.simulators.admin.credits.requests_seen
+    await patient_platform.until(lambda: cancels("cancel_hold", task_id_of(handle)))
+    await patient_platform.until_settled(run)
+    await end_open_holds(patient_platform, handle)
+    await patient_platform.pass_time(run, IN_FLIGHT_SECONDS)
+    ending = await ended(patient_platform, run, exempt={"hold_expires"})
+    assert (ending.status, ending.code, ending.charged) == (TaskStatus.FAILED, "node_error", 0)
+    assert sorted(ending.exceptions) == ["hold_left_to_expiry", "node_error"]
+    assert (ending.result["credits"]["settlement"], ending.result["credits"]["charged"]) == ("settled", 0)
