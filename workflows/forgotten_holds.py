@@ -25,6 +25,7 @@ ROW_AWAITED: Final = "row-awaited-where-holds-may-be-forgotten"
 NAMELESS_COUNTED: Final = "nameless-holds-counted-beside-the-known-ones"
 UNKNOWN_RECORDED: Final = "unknown-end-of-an-earlier-lifes-hold-recorded"
 UNKNOWN_LOOKED_UP: Final = "unknown-ends-looked-up-again-at-the-delivery"
+NEWEST_LAST: Final = "holds-of-the-ledger-oldest-first"
 ENDS_SEEN: Final = "unknown-ends-seen-by-the-last-reading"
 REASON: Final = "taken before the task's run was reset"
 """The same in every request: a run that continues as new, and is reset, may send one again under its key."""
@@ -82,9 +83,11 @@ class ForgottenHolds:
             await self._look.once_back()
         own = {hold.pre_deduct_id: hold for hold in self._state.asked if hold.pre_deduct_id}
         stands = {} if ledger is None else ledger.open_holds().named
-        known = dict.fromkeys(
-            [*own, *self._look.forgotten_holds(set(own), left_out=self._state.granted_before), *stands]
-        )
+        in_row = [*own, *self._look.forgotten_holds(set(own), left_out=self._state.granted_before)]
+        in_ledger = [each for each in stands if each not in in_row]
+        if len(in_ledger) > 1 and workflow.patched(NEWEST_LAST):
+            in_ledger.reverse()  # a ledger is newest first
+        known = dict.fromkeys([*in_row, *in_ledger])
         may_stand = self._may_stand(list(known), own, ledger)
         kept = may_stand[-1] if keep_one and may_stand and self._state.asked else None
         if kept is not None and kept not in own:

@@ -262,3 +262,19 @@ async def test_a_hold_whose_end_the_last_reading_shows_leaves_nothing_unknown(pa
     assert (ending.status, ending.code, ending.charged) == (TaskStatus.FAILED, "node_error", 0)
     assert sorted(ending.exceptions) == ["hold_left_to_expiry", "node_error"]
     assert (ending.result["credits"]["settlement"], ending.result["credits"]["charged"]) == ("settled", 0)
+
+
+@pytest.mark.by_contract("its ledger shows ids")
+async def test_of_two_open_holds_that_only_the_ledger_knows_the_newest_is_committed(patient_platform: Platform) -> None:
+    payer = await new_payer(patient_platform)
+    task = payer.image()
+    handle = await stalled(patient_platform, task)
+    run = await reset_to_its_start(patient_platform, handle, holds=2)
+    body = {name: task[name] for name in ("task_id", "template_id")} | {"scene": "image.generate", "currency": "point"}
+    for key in ("older", "newest"):
+        await payer.post("pre-deduct", key, body | {"estimated_cost": HD, "expire_in": 3_600})
+    await delivered(patient_platform, run)
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, HD)
+    phases = [hold.phase for hold in await holds_of(patient_platform, handle)]
+    assert phases == ["cancelled", "cancelled", "cancelled", "committed"]
