@@ -49,6 +49,7 @@ from workflows.task_record import TaskRecord
 from workflows.training_dataset import DELETE_TIMEOUT
 from workflows.undo import Undo
 
+LIVES_KNOWN: Final = "lives-known-to-the-charges-of-a-give-back"
 CHARGED_TO_THE_END: Final = "left-charges-finished"
 CHARGE_TOLD: Final = "left-charge-told"
 LEDGER_READ: Final = "ledger-read-by-give-back"
@@ -122,6 +123,8 @@ class OrphanedTask:
         self._ended_before = {hold.n for hold in orphans.holds if hold.outcome is RequestOutcome.ENDED}
         """Holds that the run had given back, and published as such."""
         look = RowRead(manual, orphans.row)
+        if orphans.row.lives and workflow.patched(LIVES_KNOWN):
+            self._outside.earlier.add(manual.earlier.life)
         self._hold = CreditHold(task, manual, self._record, workflow.now, orphans.hold_state(), look)
         self._hold.ends.price = orphans.cost
         self._attempts = Attempts(self._routes, self._outside, self._record, clock, self._stop, Alarm(), orphans.jobs)
