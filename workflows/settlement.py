@@ -123,7 +123,7 @@ class Settlement:
             self._record_unknown(hold, missing, unknown)
             return 0, None
         self._hold.add_charged(more.points)
-        return missing - more.points, more.balance_after or balance_after
+        return missing - more.points, more.balance_after if more.points else balance_after
 
     async def finish(
         self, requested: list[Post[ChargeRequest]], cost: int | None, *, is_refused: bool, has_read: bool

@@ -32,9 +32,9 @@ export function moneyOf({ credits, confirmation, ended_at, status }) {
   const isOver = ended_at || ENDS.includes(status);
   if (!isOver && confirmation) return say("credits.confirm", { n: confirmation.estimated_cost });
   if (settlement === "unknown" || charged === null) return say("credits.unknown");
-  if (isOver && charged && shortfall) return say("credits.short", { n: charged, short: shortfall });
+  if (isOver && shortfall) return say("credits.short", { n: charged, short: shortfall });
   if (charged) return say("credits.charged", { n: charged });
-  if (isOver) return status === "completed" && held ? say("credits.held", { n: held }) : say("credits.nothing");
+  if (isOver) return status === "completed" && held && settlement !== "settled" ? say("credits.held", { n: held }) : say("credits.nothing");
   if (held) return say("credits.held", { n: held });
   return estimated ? say("credits.about", { n: estimated }) : "";
 }

@@ -132,6 +132,9 @@ async def test_money_is_one_phrase_and_progress_one_number(browser: Browser, wat
         assert await money("queued", nothing, confirmation={"estimated_cost": 120}) == "120 points, not confirmed yet"
         assert await money("completed", paid) == "24 points charged"
         assert await money("completed", {**paid, "shortfall": 6}) == "24 points charged, 6 could not be"
+        unpaid = {**paid, "charged": 0, "shortfall": 24}
+        assert await money("completed", unpaid) == "0 points charged, 24 could not be"
+        assert await money("completed", {**paid, "charged": 0, "returned": 24}) == "nothing charged"
         assert await money("failed", {**nothing, "held": 24, "returned": 24}) == "nothing charged"
         unknown = {**nothing, "charged": None, "settlement": "unknown"}
         assert await money("failed", unknown) == "not known yet what was charged"

@@ -227,6 +227,20 @@ async def test_a_training_that_used_more_than_is_held(quick_platform: Platform, 
     assert (ending.charged, ending.result["credits"]["shortfall"]) == (charged, 240 - charged)
 
 
+@pytest.mark.parametrize("left", [0, 1], ids=["nothing is left", "a point is left"])
+async def test_the_balance_after_the_last_charge_is_published(quick_platform: Platform, left: int) -> None:
+    """120 points are committed, the other 120 charged."""
+    quick_platform.policy["charge_shortfall"] = True
+    payer = await new_payer(quick_platform)
+    handle = await start_reporting(quick_platform, payer.training(), gpu_hours_used=3)
+    await quick_platform.until_held(task_id_of(handle))
+    await payer.has(120 + left)
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.charged, await payer.balance()) == (TaskStatus.COMPLETED, 240, left)
+    [settled] = [event for event in ending.events if event.message and "were charged" in event.message]
+    assert settled.balance_after == left
+
+
 # A ledger that shows only reasons, as the platform's own does
 
 
