@@ -58,8 +58,8 @@ async def test_a_price_that_rose_while_it_runs_is_wanted_before_the_next_checkpo
 ) -> None:
     tenant = unique("tenant")
     [task_id] = await stored_tasks(watched, tenant, 1)
-    state = {"stage": "training", "confirmation": Confirmation(estimated_cost=360)}
-    await watched.platform.store.write(write_of(task_id, version=2, **state))
+    state = write_of(task_id, version=2, stage="training", confirmation=Confirmation(estimated_cost=360))
+    await watched.platform.store.write(state)
     async with opened(browser, watched, fragment=f"#token={token_of(tenant)}") as seen:
         card = seen.page.get_by_role("region", name="Needs you").get_by_role("article", name=task_id)
         sentence = (
