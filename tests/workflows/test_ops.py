@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import pytest
@@ -94,6 +94,15 @@ async def finish(platform: Platform, handle: Handle) -> None:
 
 
 # The step tables
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readme_names_labels_that_runs_have(name: str) -> None:
+    text = (Path(__file__).parents[2] / name).read_text()
+    image, training = text[text.index("`1 ") :].split("`0 price check`", 1)
+    for part, labels in ((image, set(IMAGE_STEPS.values())), (training, set(chain(*TRAINING_STEPS.values())))):
+        named = re.findall(r"`(\d [a-z' ]+)`", part)
+        assert named and set(named) <= labels, named
 
 
 async def test_an_image_reads_as_its_step_table(quick_platform: Platform) -> None:
