@@ -67,6 +67,7 @@ async def commands_of(recorded: Path, workflows: Iterable[type] | None = None) -
     replayer = Replayer(
         workflows=list(workflows or FOLDERS[recorded.parent]),
         plugins=[TasksPlugin(), SimplePlugin("commands", workflow_runner=lambda inner: _Recording(inner, record))],
+        debug_mode=True,
     )
     await replayer.replay_workflow(WorkflowHistory.from_json(started["workflowId"], history))
     return "\n\n".join("\n".join(lines) for lines in issued if lines) + "\n"

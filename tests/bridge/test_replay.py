@@ -20,7 +20,7 @@ RECORDED = sorted(HISTORIES.glob("*.json"))
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("interceptors", [[], [TracingInterceptor()]], ids=["", "traced"])
 async def test_a_recorded_history_replays(recorded: Path, interceptors: list[Interceptor]) -> None:
-    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin(interceptors=interceptors)])
+    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin(interceptors=interceptors)], debug_mode=True)
     history = json.loads(recorded.read_text())  # noqa: ASYNC240
     workflow_id = history["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
     await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, history))

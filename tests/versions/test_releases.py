@@ -79,7 +79,8 @@ async def test_a_recorded_run_is_replayed_from_every_open_point(recorded: Path) 
     """An open run is a history without its end: at each of its workflow tasks today's code takes it over."""
     history = WorkflowHistory.from_json("any", recorded.read_text())  # noqa: ASYNC240
     workflow_id = history.events[0].workflow_execution_started_event_attributes.workflow_id
-    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()])
+    # `debug_mode`: what a slow machine takes two seconds for is no deadlock.
+    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()], debug_mode=True)
     begun = [
         place
         for place, event in enumerate(history.events)

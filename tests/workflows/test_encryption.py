@@ -289,17 +289,17 @@ async def test_encrypted_histories_replay(encrypting: Platform) -> None:
         handle = await started(encrypting, image(encrypting))
         await ended(encrypting, handle)
     history = await handle.fetch_history()
-    with_key = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin(PayloadEncryption([NEW, OLD]))])
+    with_key = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin(PayloadEncryption([NEW, OLD]))], debug_mode=True)
     await with_key.replay_workflow(history)
     with pytest.raises(Exception, match="'2030'"):
-        await Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()]).replay_workflow(history)
+        await Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()], debug_mode=True).replay_workflow(history)
 
 
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.stem)
 async def test_histories_from_before_replay_with_keys(recorded: Path) -> None:
     history = json.loads(recorded.read_text())  # noqa: ASYNC240
     workflow_id = history["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
-    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin(PayloadEncryption([NEW]))])
+    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin(PayloadEncryption([NEW]))], debug_mode=True)
     await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, history))
 
 

@@ -117,7 +117,15 @@ async def test_a_polled_and_retried_image_reads_as_its_step_table(quick_platform
     comfyui = quick_platform.simulators.admin.comfyui
     await comfyui.fault("callback_withhold", task_id=task["task_id"], times=None)
     await comfyui.fault("job_preempt", route="submit_job", task_id=task["task_id"])
+    await comfyui.fault("job_stall", route="submit_job", task_id=task["task_id"], nth=2)
     handle = await quick_platform.start(task)
+
+    async def looked() -> bool:
+        """A job that is over at its first poll is not looked for: the second one waits until it was."""
+        return len(await comfyui.jobs(task["task_id"])) == 2 and "4 ticks heard" in await read(handle)
+
+    await quick_platform.until(looked)
+    await finish(quick_platform, handle)
     await ended(quick_platform, handle)
     kept = "1 wait: submit (keep the hold meanwhile)"  # no timer where that of the pause still runs
     seen = [step for step in await read(handle) if step not in (WAIT, "4 ticks heard", "4 poll", kept)]

@@ -74,7 +74,7 @@ async def test_a_build_that_does_not_know_a_patch_cannot_take_its_run_back() -> 
     """Why a rollback keeps such runs on the newer build (docs/operations.md)."""
     history = json.loads((HISTORIES / "image_cancelled_by_signal.json").read_text())
     workflow_id = history["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
-    replayer = Replayer(workflows=[EarlierImage], plugins=[TasksPlugin()])
+    replayer = Replayer(workflows=[EarlierImage], plugins=[TasksPlugin()], debug_mode=True)
     with pytest.raises(workflow.NondeterminismError, match="orders-by-signal"):
         await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, history))
 
@@ -100,7 +100,7 @@ async def test_a_cancel_that_came_while_a_local_try_outlived_its_workflow_task_r
     may_claim.set()
     ending = await ended(quick_platform, handle)
     assert (ending.status, ending.charged) == ("cancelled", 0)
-    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()])
+    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()], debug_mode=True)
     await replayer.replay_workflow(await handle.fetch_history())
 
 

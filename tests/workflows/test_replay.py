@@ -30,7 +30,7 @@ RECORDED = sorted(HISTORIES.glob("*.json"))
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.stem)
 @pytest.mark.parametrize("interceptors", [[], [TracingInterceptor()]], ids=["", "traced"])
 async def test_a_recorded_history_replays(recorded: Path, interceptors: list[Interceptor]) -> None:
-    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin(interceptors=interceptors)])
+    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin(interceptors=interceptors)], debug_mode=True)
     history = json.loads(recorded.read_text())  # noqa: ASYNC240
     workflow_id = history["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
     await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, history))
@@ -67,7 +67,7 @@ async def test_an_update_that_came_while_a_local_try_outlived_its_workflow_task_
     answered = order.index(HistoryEvent.EVENT_TYPE_WORKFLOW_EXECUTION_UPDATE_COMPLETED)
     is_early = answered < order.index(HistoryEvent.EVENT_TYPE_ACTIVITY_TASK_SCHEDULED)
     assert is_early == (update == "cancel_task"), "as when it comes with the start"
-    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()])
+    replayer = Replayer(workflows=WORKFLOWS, plugins=[TasksPlugin()], debug_mode=True)
     await replayer.replay_workflow(await handle.fetch_history())
 
 

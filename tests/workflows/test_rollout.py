@@ -347,7 +347,9 @@ async def test_give_backs_and_passes_of_the_reconciler_move_on(rollout: Rollout)
 
 @pytest.mark.parametrize("recorded", sorted(HISTORIES.glob("image_*.json")), ids=lambda path: path.stem)
 async def test_what_a_versioned_worker_runs_replays_unversioned_histories(recorded: Path) -> None:
-    replayer = Replayer(workflows=[VERSIONED.get(each, each) for each in WORKFLOWS], plugins=[TasksPlugin()])
+    replayer = Replayer(
+        workflows=[VERSIONED.get(each, each) for each in WORKFLOWS], plugins=[TasksPlugin()], debug_mode=True
+    )
     history = json.loads(recorded.read_text())  # noqa: ASYNC240
     workflow_id = history["events"][0]["workflowExecutionStartedEventAttributes"]["workflowId"]
     await replayer.replay_workflow(WorkflowHistory.from_json(workflow_id, history))
