@@ -9,10 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Final
 
+import structlog
 from temporalio.worker import Worker
 
-from runtime.background import running_in_background
+from runtime.background import running_in_background, woken
+
+AGAIN_SECONDS: Final = 5.0
+log = structlog.get_logger(__name__)
 
 
 class TemplateQueues:
@@ -21,7 +26,7 @@ class TemplateQueues:
     def __init__(self, fit: Callable[[], set[str]], worker: Callable[[str], Worker]) -> None:
         self._fit = fit
         self._worker = worker
-        self._polled: dict[str, tuple[Worker, asyncio.Task[None]]] = {}
+        self._polled: dict[str, _Polling] = {}
         self._changed = asyncio.Event()
 
     def changed(self) -> None:
@@ -45,15 +50,40 @@ class TemplateQueues:
 
     async def _follow(self, wanted: set[str]) -> None:
         for template_id in wanted - set(self._polled):
-            worker = self._worker(template_id)
-            self._polled[template_id] = (worker, asyncio.create_task(worker.run()))
+            self._polled[template_id] = _Polling(template_id, self._worker)
         unwanted = set(self._polled) - wanted
-        await asyncio.gather(*(_end(*self._polled[template_id]) for template_id in unwanted))
+        await asyncio.gather(*(self._polled[template_id].end() for template_id in unwanted))
         for template_id in unwanted:
             del self._polled[template_id]
 
 
-async def _end(worker: Worker, running: asyncio.Task[None]) -> None:
-    if not running.done():
-        await worker.shutdown()
-    await asyncio.gather(running, return_exceptions=True)
+class _Polling:
+    """Polls one template's queue until `end`. Where its worker fails, it is polled again a little later."""
+
+    def __init__(self, template_id: str, worker: Callable[[str], Worker]) -> None:
+        self._template_id = template_id
+        self._make = worker
+        self._worker = worker(template_id)
+        self._ending = asyncio.Event()
+        self._running = asyncio.create_task(self._run())
+
+    async def end(self) -> None:
+        self._ending.set()
+        # A worker that is not at work never says that it has shut down.
+        stopping = asyncio.create_task(self._worker.shutdown())
+        await asyncio.gather(self._running, return_exceptions=True)
+        stopping.cancel()
+
+    async def _run(self) -> None:
+        while not self._ending.is_set():
+            try:
+                await self._worker.run()
+                return
+            except Exception as error:
+                log.warning("template_queue_left", template_id=self._template_id, reason=str(error))
+            await woken(self._ending, within_seconds=AGAIN_SECONDS)
+            if self._ending.is_set():
+                return
+            # One that never began is run again: it keeps its place at the connection, which takes no second one.
+            if getattr(self._worker, "_started", True):
+                self._worker = self._make(self._template_id)

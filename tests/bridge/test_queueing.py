@@ -7,10 +7,20 @@ from functools import partial
 from typing import Any
 
 import pytest
+from temporalio.api.enums.v1 import TaskQueueType
+from temporalio.client import Client
+from temporalio.service import RPCError, RPCStatusCode
+from temporalio.worker import Worker
 
+from bridge import template_queues
+from bridge.gpu_worker import is_there
 from bridge.placement import prompt_id_of
+from bridge.template_queues import TemplateQueues
+from runtime.health_page import is_polling
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import BridgePlatform, Json
+from tests.conftest import unique
+from tests.waiting import until
 
 TENANTS = ("tenant-one", "tenant-two", "tenant-three")
 
@@ -157,3 +167,34 @@ async def test_200_jobs_of_three_tenants_in_mixed_priority(
 
 async def all_published(bridge: BridgePlatform, task_ids: list[str]) -> bool:
     return all("delivery" in bridge.receiver.statuses(task_id) for task_id in task_ids)
+
+
+async def test_a_templates_queue_whose_worker_has_ended_is_polled_again(
+    temporal_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Temporal did not answer its start, and then refused its poll."""
+    monkeypatch.setattr(template_queues, "AGAIN_SECONDS", 0.2)
+    queue, identity, made = unique("queue"), unique("gpu"), []
+
+    def fails_once(target: Any, name: str) -> None:
+        whole = getattr(target, name)
+
+        async def unavailable() -> None:
+            setattr(target, name, whole)
+            raise RPCError("unavailable", RPCStatusCode.UNAVAILABLE, b"")
+
+        setattr(target, name, unavailable)
+
+    def worker(_: str) -> Worker:
+        made.append(Worker(temporal_client, task_queue=queue, activities=[is_there], identity=identity))
+        if len(made) == 1:
+            for call in ("validate", "poll_activity_task"):
+                fails_once(made[0]._bridge_worker, call)
+        return made[-1]
+
+    async def is_polled() -> bool:
+        return await is_polling(temporal_client, queue, identity, TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY)
+
+    async with TemplateQueues(lambda: {"a-template"}, worker).polled():
+        await until(is_polled)
+    assert len(made) == 2

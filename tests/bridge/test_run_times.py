@@ -160,7 +160,7 @@ async def test_a_training_whose_dataset_is_sent_for_long_says_so(
 
         async def said_again() -> bool:
             told = bridge.receiver.genuine(training["task_id"])
-            return sum(body["training_stage"] == "data_ingest" for body in told) > 1
+            return len([body for body in told if body["training_stage"] == "data_ingest"]) > 1
 
         await bridge.until(said_again)
         await post_action(bridge, training["training_id"], "cancel")
