@@ -408,11 +408,12 @@ class EventHub:
     def _go_back(self, feed: Feed, head: TaskHead) -> None:
         """The store was restored and has fewer events than were given: those that come have numbers that were used.
 
-        Streams that name the task cannot go on; opened again they begin where the task is now.
+        Streams that name the task cannot go on; opened again they begin where the task is now. Clients of its tenant's
+        streams learn by their end that what they show is to be read again.
         """
         feed.last_seq = feed.notified_seq = head.last_seq
         feed.ended_at = time.monotonic() if head.has_ended else None
-        for subscriber in list(feed.subscribers):
+        for subscriber in (*feed.subscribers, *self._tenants.get(feed.tenant_id, ())):
             self._end(subscriber, EndReason.UNAVAILABLE)
 
     def _drop_unwatched(self) -> None:

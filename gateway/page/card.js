@@ -79,6 +79,7 @@ export class Card {
   #part = {};
   #log = { after: 0, lines: [] };
   #reached = 0;
+  #isDoubted = false;
   #heading;
 
   /** `actions`: {cancel, confirm, again, use, trainingLog, large, may(operation)}; `links`: the Temporal UI; `heading`: of its title. */
@@ -106,16 +107,26 @@ export class Card {
     return Boolean(this.task.confirmation) && !this.isOver;
   }
 
-  /** Show the task as the gateway returned it. */
+  /** The stream was away: its store may have been restored and have fewer events. What is read next counts. */
+  doubt() {
+    this.#isDoubted = true;
+  }
+
+  /** Show the task as the gateway returned it; an answer that events have overtaken is left. */
   is(task) {
-    if (task.last_seq < this.task.last_seq) return;
+    if (task.last_seq < this.task.last_seq) {
+      if (!this.#isDoubted) return;
+      this.#reached = 0;
+      this.#log = { after: 0, lines: [] };
+    }
+    this.#isDoubted = false;
     this.task = { ...task, input: task.input ?? this.task.input };
     this.show();
   }
 
-  /** Apply an event. Returns false if it is older than what is shown. */
+  /** Apply an event. Returns whether the task is to be read again: not if it is older than what is shown. */
   apply(event) {
-    if (event.seq <= this.task.last_seq) return false;
+    if (event.seq <= this.task.last_seq) return this.#isDoubted;
     const status = ENDS_OF[event.event] ?? event.status; // an operator may have other words for ends
     const { seq, stage, progress, next_eta, queue_position, attempt, confirmation, error, result_urls, output } = event;
     Object.assign(this.task, { last_seq: seq, status, next_eta, queue_position, attempts: attempt });

@@ -343,6 +343,7 @@ async function begin(token) {
       connection("live", say("connection.live"));
       away(null);
       // The stream first, then the list: a change in between is in both, and none is missed.
+      for (const card of cards.values()) card.doubt();
       readTenant().then(() => attempt(load));
     },
     heard: () => {

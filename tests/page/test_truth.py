@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 
+import asyncpg
 import pytest
 from playwright.async_api import Browser, Route, expect
 
@@ -14,6 +15,7 @@ from tests.page.conftest import PAYER, Watched, opened
 from tests.page.test_cards import token_of
 from tests.page.test_list import stored_tasks
 from tests.page.test_page import card, is_live
+from tests.store.facts import fact, write_of
 from tests.waiting import until
 from tests.workflows.platform import CALLERS, task_id_of
 
@@ -142,3 +144,26 @@ async def test_nothing_of_a_tenant_stays_when_another_tenants_token_is_given(
         await expect(card(page, new[0])).to_be_visible(timeout=10_000)
         await expect(page.locator("#list article")).to_have_count(1)
         await expect(page.locator("#tenant")).to_contain_text(other)
+
+
+async def test_a_restored_store_is_shown_as_it_is_once_the_stream_is_open_again(
+    browser: Browser, watched: Watched, postgres_dsn: str
+) -> None:
+    tenant = unique("tenant")
+    [task_id] = await stored_tasks(watched, tenant, 1)
+    async with opened(browser, watched, fragment=f"#token={token_of(tenant)}") as seen:
+        page = seen.page
+        await is_live(page)
+        for number in range(1, 6):
+            write = write_of(task_id, fact(unique("fact"), progress=90.0), version=number, progress=90.0)
+            await watched.platform.store.write(write)
+        shown = card(page, task_id).locator(".status")
+        await expect(shown).to_have_text("running", timeout=10_000)
+        connection = await asyncpg.connect(postgres_dsn)
+        async with connection.transaction():
+            await connection.execute("DELETE FROM task_events WHERE task_id = $1 AND seq > 1", task_id)
+            await connection.execute(
+                "UPDATE tasks SET last_seq = 1, version = 0, status = 'queued' WHERE task_id = $1", task_id
+            )
+        await connection.close()
+        await expect(shown).to_have_text("queued", timeout=15_000)

@@ -93,6 +93,19 @@ async def test_a_stream_says_the_end_of_a_task_whose_store_was_restored(
     assert again.events[-1]["event"] == "task.completed"
 
 
+async def test_a_stream_of_all_tasks_ends_where_the_store_was_restored(
+    streams: Streams, writer: Writer, postgres_dsn: str
+) -> None:
+    """Its client shows numbers that come again with other events: it reads all that it shows again."""
+    task_id = await writer.begun()
+    async with streams.opened(writer.tenant_id, "subscribe=*") as reader:
+        await comes_true(lambda: writer.tenant_id in streams.hub.watched_tenants)
+        await writer.write(task_id, 5)
+        await reader.until_received(task_id, 6)
+        await _restore(postgres_dsn, task_id, 2)
+        await reader.until_ended()
+
+
 class _HeldReads(TaskStore):
     """Its stream reads of one position wait, after they have read, until they may go on."""
 
