@@ -7,6 +7,9 @@ const TASKS = "/api/v1/tasks";
 const UPLOADS = "/api/v1/uploads";
 const ANSWER_SECONDS = 20;
 const UPLOAD_SECONDS = 300;
+const PAGE = 1000; // events or lines in one answer
+const MOST = 2000; // of a task's events and lines the newest are shown
+const MOST_PAGES = 50;
 const QUIET_SECONDS = 20; // heartbeats come every 15 s
 const SILENCE_SECONDS = 40;
 const EVENTS = ["task.accepted", "task.running", "task.checkpoint", "task.completed", "task.failed", "task.cancelled", "credits.updated"];
@@ -115,12 +118,29 @@ export class Api {
     return this.#get(this.#of(taskId, ""));
   }
 
-  events(taskId) {
-    return this.#get(this.#of(taskId, "/events"));
+  /** The newest events of a task: {events, leftOut}. */
+  async events({ task_id, last_seq }) {
+    const leftOut = Math.max(0, last_seq - MOST);
+    const events = [];
+    for (let n = 0; n < MOST_PAGES; n++) {
+      const page = await this.#get(this.#of(task_id, `/events?limit=${PAGE}&after=${events.at(-1)?.seq ?? leftOut}`));
+      events.push(...page);
+      if (page.length < PAGE) break;
+    }
+    return { events, leftOut };
   }
 
-  trainingLog(taskId, after) {
-    return this.#get(this.#of(taskId, `/training-log?after=${after}`));
+  /** The newest lines after a place, and the place where they end: {lines, leftOut, after}. */
+  async trainingLog(taskId, after) {
+    let [lines, leftOut] = [[], 0];
+    for (let n = 0; n < MOST_PAGES; n++) {
+      const page = await this.#get(this.#of(taskId, `/training-log?limit=${PAGE}&after=${after}`));
+      after = page.after;
+      leftOut += Math.max(0, lines.length + page.lines.length - MOST);
+      lines = [...lines, ...page.lines].slice(-MOST);
+      if (page.lines.length < PAGE) break;
+    }
+    return { lines, leftOut, after };
   }
 
   /** An order keeps its id until it is answered: somebody presses again, and it is one task. */

@@ -67,16 +67,19 @@ function eventsOf(events) {
   }));
 }
 
+/** How many older ones are not shown. */
+const leftOut = ({ leftOut: n }) => (n ? [element("p", { className: "quiet", textContent: say("detail.left_out", { n }) })] : []);
+
 /** Fill `root` with the task. Returns its card. */
-export function drawDetail(root, { task, events, log }, actions, links) {
+export function drawDetail(root, { task, history, log }, actions, links) {
   const card = new Card(task, actions, links, "h2");
   const parts = [
     element("ol", { className: "alone" }, card.item),
     section(say("detail.asked"), task.input ? askedFor(task.input) : element("p", { className: "quiet", textContent: say("detail.not_kept") })),
     section(say("detail.facts"), factsOf(task)),
-    section(say("detail.events"), eventsOf(events)),
+    section(say("detail.events"), ...leftOut(history), eventsOf(history.events)),
   ];
-  if (log.length) parts.push(section(say("detail.log"), element("pre", { tabIndex: 0, lang: "en", textContent: log.map(({ ts, message }) => `${clock(ts)} ${message}`).join("\n") })));
+  if (log.lines.length) parts.push(section(say("detail.log"), ...leftOut(log), element("pre", { tabIndex: 0, lang: "en", textContent: log.lines.map(({ ts, message }) => `${clock(ts)} ${message}`).join("\n") })));
   if (task.exceptions.length) {
     parts.push(section(say("detail.exceptions"), element("ul", {}, ...task.exceptions.map(({ code, message, ts }) => element("li", {}, `${clock(ts)} ${code}: ${failure(code, message)} `, quoted(message))))));
   }

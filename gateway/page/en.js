@@ -240,6 +240,7 @@ export default {
   "detail.points": "{change} points",
   "detail.events": "Events",
   "detail.log": "Log",
+  "detail.left_out": "{n} older ones are left out.",
   "detail.exceptions": "For operators",
   "detail.unknown": "unknown",
 };

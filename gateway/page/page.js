@@ -311,8 +311,8 @@ async function showDetail() {
   const taskId = detailed;
   if (!taskId || !api) return;
   const shown = await attempt(async () => {
-    const [task, events, log] = await Promise.all([api.task(taskId), api.events(taskId), api.trainingLog(taskId, 0)]);
-    return { task, events, log: log.lines };
+    const [task, log] = await Promise.all([api.task(taskId), api.trainingLog(taskId, 0)]);
+    return { task, history: await api.events(task), log };
   });
   if (!shown || taskId !== detailed) return;
   const card = drawDetail($("detail-body"), shown, actions, links);

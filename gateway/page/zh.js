@@ -240,6 +240,7 @@ export default {
   "detail.points": "{change} 积分",
   "detail.events": "事件",
   "detail.log": "日志",
+  "detail.left_out": "省略了 {n} 条更早的记录。",
   "detail.exceptions": "运维记录",
   "detail.unknown": "未知",
 };

@@ -204,3 +204,18 @@ async def test_five_hundred_tasks_do_not_make_it_stutter(browser: Browser, watch
         )
         # Far above what it takes, for a busy machine: 500 cards that each lay out the rest again would take seconds.
         assert longest["built"] < 5_000 and longest["longest"] < 250 and longest["second"] < 250, longest
+
+
+async def test_a_tasks_own_page_shows_its_newest_events_and_says_what_is_left_out(
+    browser: Browser, watched: Watched
+) -> None:
+    tenant = unique("tenant")
+    [task_id] = await stored_tasks(watched, tenant, 1)
+    for number in range(1, 9):
+        facts = [fact(unique("fact"), message=f"said {number}-{n}") for n in range(300)]
+        await watched.platform.store.write(write_of(task_id, *facts, version=number))
+    async with opened(browser, watched, fragment=f"#token={token_of(tenant)}&task={task_id}") as seen:
+        events = seen.page.locator("#detail .events > li")
+        await expect(events).to_have_count(2_000, timeout=20_000)
+        await expect(events.last).to_contain_text("said 8-299")
+        await expect(seen.page.get_by_text("401 older ones are left out.")).to_be_visible()
