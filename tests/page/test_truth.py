@@ -131,7 +131,7 @@ async def test_nothing_of_a_tenant_stays_when_another_tenants_token_is_given(
 ) -> None:
     one, other = unique("tenant"), unique("tenant")
     old, new = await stored_tasks(watched, one, 2), await stored_tasks(watched, other, 1)
-    token = CALLERS.made_for(one, "user-a", **({"valid_seconds": 6} if by == "form" else {}))
+    token = CALLERS.made_for(one, "user-a", valid_seconds=6 if by == "form" else 600)
     async with opened(browser, watched, fragment=f"#token={token}") as seen:
         page = seen.page
         await expect(card(page, old[0])).to_be_visible(timeout=10_000)

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.streams_wires import EndReason
 from store import StoredEvent, TaskStore
+from store.task_store import MAX_PAGE
 from tests.cable import Cable, cable_to_postgres
 from tests.store.facts import NOON
 from tests.streams.serving import Streams, Writer, stream_token_for, streams_on, token_for
@@ -115,7 +116,7 @@ class _HeldReads(TaskStore):
         super().__init__(dsn)
         self.is_held, self.may_go_on = asyncio.Event(), asyncio.Event()
 
-    async def events_of_each(self, positions: Mapping[str, int], *, limit_each: int) -> list[StoredEvent]:
+    async def events_of_each(self, positions: Mapping[str, int], *, limit_each: int = MAX_PAGE) -> list[StoredEvent]:
         is_first = self.held in positions.values() and not self.is_held.is_set()
         events = await super().events_of_each(positions, limit_each=limit_each)
         if is_first:
