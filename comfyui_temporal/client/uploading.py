@@ -16,7 +16,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import ValidationError
 
-from comfyui_temporal.client.errors import TaskError, Unavailable, UnexpectedReply
+from comfyui_temporal.client.errors import InvalidInput, TaskError, Unavailable, UnexpectedReply
 from comfyui_temporal.contracts.uploads import InputKind, UploadView, upload_id_of
 
 UPLOADS: Final = "/api/v1/uploads"
@@ -63,11 +63,15 @@ async def _in_parts(
     heard_at, tries = time.monotonic(), 0
     while not seen.is_whole:
         source.seek(seen.received_bytes)
-        part = await asyncio.to_thread(source.read, PART_BYTES)
+        part = await asyncio.to_thread(source.read, min(PART_BYTES, size - seen.received_bytes))
+        if not part and seen.received_bytes < size:
+            raise InvalidInput("The file became shorter while it was sent: nothing was uploaded.")
         headers = {"upload-offset": str(seen.received_bytes), "content-type": "application/offset+octet-stream"}
         try:
             if part:
                 await ask("PATCH", path, content=part, headers=_TUS | headers)
+            else:  # all of it is there, and is being joined
+                await asyncio.sleep(PAUSES_SECONDS[0])
             seen = _read(await ask("GET", path, headers={}))
             heard_at, tries = time.monotonic(), 0
         except TaskError as error:
@@ -77,7 +81,10 @@ async def _in_parts(
                 raise
             await asyncio.sleep(PAUSES_SECONDS[min(tries, len(PAUSES_SECONDS) - 1)])
             tries += 1
-            seen = await _looked_at(ask, path) or seen
+            now = await _looked_at(ask, path) or seen
+            if now.received_bytes > seen.received_bytes:  # it was cut, and part of it was taken
+                heard_at, tries = time.monotonic(), 0
+            seen = now
     return seen
 
 

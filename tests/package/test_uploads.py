@@ -6,8 +6,10 @@ import asyncio
 import hashlib
 import os
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import pytest
 import pytest_asyncio
 from temporalio.client import Client
@@ -16,6 +18,7 @@ from temporalio.testing import WorkflowEnvironment
 from activities.upload_files import UploadFiles
 from comfyui_temporal import AccessDenied, GatewayUnavailable, HttpTasks, InputKind, InvalidInput, SyncTasks
 from comfyui_temporal.client.uploading import PART_BYTES
+from comfyui_temporal.contracts.uploads import UploadView
 from gateway.uploads import UploadSettings
 from store import TaskStore
 from tests.cable import Cable
@@ -87,6 +90,53 @@ async def test_an_upload_goes_on_where_its_line_was_cut(gateway: Gateway, film: 
         sent = await sending
         await tasks.aclose()
     assert sent.sha256 == checksum_of(film)
+
+
+async def test_a_file_that_becomes_shorter_while_it_is_sent_is_refused(film: Path) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.method)
+        with film.open("rb+") as file:
+            file.truncate(PART_BYTES)
+        return of_upload(PART_BYTES * asked.count("PATCH"), 2 * PART_BYTES + 12)
+
+    async with HttpTasks("http://gateway.test", "token", transport=httpx.MockTransport(answer)) as tasks:
+        with pytest.raises(InvalidInput, match="shorter"):
+            await asyncio.wait_for(tasks.upload(film), 10)
+    assert asked.count("PATCH") == 1
+
+
+async def test_what_a_cut_part_leaves_counts_as_progress(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part is cut after a moment, as by a proxy with a limit of its own; each leaves something."""
+    patience_seconds, received, size = 0.05, 0, 2 * PART_BYTES + 12
+    monkeypatch.setattr("comfyui_temporal.client.uploading.PAUSES_SECONDS", (patience_seconds / 2,))
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal received
+        if request.method == "PATCH":
+            received = min(size, received + PART_BYTES // 4)
+            if received < size:
+                raise httpx.WriteError("cut")
+        return of_upload(received, size)
+
+    transport = httpx.MockTransport(answer)
+    async with HttpTasks(
+        "http://gateway.test", "token", patience_seconds=patience_seconds, transport=transport
+    ) as tasks:
+        assert (await tasks.upload(film)).is_whole
+
+
+def of_upload(received: int, size: int) -> httpx.Response:
+    view = UploadView(
+        upload_id="upload-1",
+        address="upload:upload-1",
+        size_bytes=size,
+        received_bytes=received,
+        is_whole=received >= size,
+        expires_at=datetime(2030, 1, 1, tzinfo=UTC),
+    )
+    return httpx.Response(200, content=view.model_dump_json())
 
 
 async def test_without_patience_an_interruption_is_raised(film: Path, unused_tcp_port: int) -> None:
