@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 from temporalio.client import WorkflowHandle
 from temporalio.common import SearchAttributeKey
 
-from comfyui_temporal.client.errors import AccessDenied, TaskError
+from comfyui_temporal.client.errors import AccessDenied, TaskError, UnknownTask
 from comfyui_temporal.client.http_tasks import HttpTasks
 from comfyui_temporal.client.models import TaskOutcome, TaskUpdate
 from comfyui_temporal.command_line.connection import Connection
@@ -45,7 +45,7 @@ async def follow(opened: Connection, task_id: str, watcher: Watcher) -> TaskOutc
             if stream is not None:
                 try:
                     await _report_stream(stream, reporter, end)
-                except AccessDenied:
+                except (AccessDenied, UnknownTask):  # a token of another tenant: it stays so
                     await stream.tasks.aclose()
                     stream = None
                 except TaskError:

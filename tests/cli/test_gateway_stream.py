@@ -23,7 +23,8 @@ from tests.cli.test_tasks import Seen
 from tests.workflows.platform import CALLERS, Handle, Platform, running_platform, task_id_of
 
 TENANT = ("tenant-demo", "user-demo")
-STREAM = 'method="GET",route="/api/v1/tasks/stream/sse",status="200"'
+ANY_STREAM = 'method="GET",route="/api/v1/tasks/stream/sse"'
+STREAM = f'{ANY_STREAM},status="200"'
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -45,11 +46,13 @@ def opened(whole: Platform) -> Connection:
 
 
 async def streams_opened(whole: Platform) -> float:
+    return await requests_counted(whole, STREAM)
+
+
+async def requests_counted(whole: Platform, which: str) -> float:
     async with httpx.AsyncClient() as http:
         lines = (await http.get(f"{whole.gateway_url}/metrics")).text.splitlines()
-    return sum(
-        float(line.split()[-1]) for line in lines if line.startswith("gateway_requests_total") and STREAM in line
-    )
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("gateway_requests_total") and which in line)
 
 
 async def begun(whole: Platform) -> Handle:
@@ -109,6 +112,15 @@ async def test_a_stream_that_is_cut_goes_on_where_it_was(whole: Platform, opened
 
 async def _any(seen: Seen) -> bool:
     return bool(seen.progress)
+
+
+async def test_with_another_tenants_token_the_gateway_is_asked_once(whole: Platform, opened: Connection) -> None:
+    foreign = GatewayAccess(whole.gateway_url, token=CALLERS.made_for("tenant-other", "user-other"))
+    handle = await begun(whole)
+    before = await requests_counted(whole, ANY_STREAM)
+    outcome = await follow(replace(opened, gateway=foreign), task_id_of(handle), Seen())
+    assert outcome.status is TaskStatus.COMPLETED
+    assert await requests_counted(whole, ANY_STREAM) == before + 1
 
 
 @pytest.mark.parametrize(
