@@ -183,6 +183,19 @@ async def test_another_workflow_confirms_and_cancels_by_signal(whole: Platform, 
     assert completed.status == "completed" and 0 < completed.charged <= 500
 
 
+async def test_a_task_that_is_over_or_missing_does_not_fail_the_workflow_that_signals_it(
+    whole: Platform, caller: Client
+) -> None:
+    over, unwanted = whole.image(), whole.image()
+    await stalled(whole, unwanted["task_id"])
+    image, cancelled = await whole.start(over), await whole.start(unwanted)
+    await image.result()
+    await whole.until_held(unwanted["task_id"])
+    await (await start(caller, "Overseer", over["task_id"], unwanted["task_id"])).result()
+    assert (await ended(whole, cancelled)).status == "cancelled", "the first one's end keeps the second from nothing"
+    await (await start(caller, "Overseer", unique("missing"), unwanted["task_id"])).result()
+
+
 async def test_signals_that_cannot_be_read_are_counted_and_do_nothing(whole: Platform) -> None:
     task = whole.training(max_credits=None)
     handle = await whole.start(task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ class Frames(httpx.AsyncByteStream):
 
 
 def gateway_of(
-    streams: list[tuple[TaskEvent | Heartbeat, ...]], views: Callable[[], httpx.Response], **options: float
+    streams: Sequence[tuple[TaskEvent | Heartbeat, ...]], views: Callable[[], httpx.Response], **options: float
 ) -> HttpTasks:
     """A gateway whose streams are these, one after the other, and are cut."""
     opened = iter(streams)
