@@ -109,8 +109,8 @@ async def test_a_file_that_becomes_shorter_while_it_is_sent_is_refused(film: Pat
 
 async def test_what_a_cut_part_leaves_counts_as_progress(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part is cut after a moment, as by a proxy with a limit of its own; each leaves something."""
-    patience_seconds, received, size = 0.05, 0, 2 * PART_BYTES + 12
-    monkeypatch.setattr("comfyui_temporal.client.uploading.PAUSES_SECONDS", (patience_seconds / 2,))
+    patience_seconds, received, size = 1.0, 0, 2 * PART_BYTES + 12
+    monkeypatch.setattr("comfyui_temporal.client.uploading.PAUSES_SECONDS", (patience_seconds / 3,))
 
     def answer(request: httpx.Request) -> httpx.Response:
         nonlocal received
