@@ -24,7 +24,7 @@ from comfyui_temporal.contracts.tasks import TaskInput
 from workflows.earlier_life import is_key_of_earlier_life
 from workflows.failures import RowEnded, TaskFailed
 from workflows.outside_call import OutsideCall
-from workflows.row_look import RowLook
+from workflows.row_look import LOOK_AGAIN_AT_MOST, RowLook
 from workflows.step_labels import HOLD, wait_in
 from workflows.task_holds import LAST_SECONDS, HoldRefused, TaskHolds, no_answer
 from workflows.task_record import TaskRecord
@@ -36,6 +36,7 @@ LEFT_FOR_LATE: Final = 0.75
 POINTS_AWAITED: Final = "points-of-the-old-hold-awaited-by-the-next-run"
 FIRST_HOLD: Final = "free-training-held-once-its-price-rises"
 NOTHING_HELD: Final = "Nothing was held for the task's price, and the hold was refused."
+FORGOTTEN_FIRST: Final = "hold-of-an-earlier-life-given-back-where-the-balance-is-short"
 TOO_SHORT: Final = "The balance was too short for the renewal and the old hold together."
 
 _TOP_UP: Final = next(row.advice for row in CREDITS_ERRORS if row.failure is FailureCode.INSUFFICIENT_BALANCE)
@@ -96,20 +97,30 @@ class CreditHold(TaskHolds):
         self.state.estimated = answer.reply.selected_cost
         return answer.reply
 
-    def check_balance(self, estimate: Estimate) -> None:
+    async def check_balance(self, estimate: Estimate) -> None:
         """Raise TaskFailed `insufficient_balance` where the balance cannot cover the estimate.
 
         Not where the service tells no balance. Not where a hold stands or an earlier life may have one: its points are
-        no longer in the balance.
+        no longer in the balance. Nothing before has read the row, so it is read here. Raises RowEnded too, and while
+        the store is away as `InterruptibleWaits.until`.
         """
         cost, balance = estimate.selected_cost, estimate.current_balance
         is_held = self.standing is not None or self._outside.earlier.is_possible
         if balance is None or balance >= cost or is_held:
             return
+        if workflow.patched("row-looked-at-before-the-balance-is-too-short") and await self._has_earlier_life():
+            return
         raise TaskFailed(
             FailureCode.INSUFFICIENT_BALANCE,
             f"The task would cost {cost} points and the balance is {balance}; nothing was submitted. {_TOP_UP}",
         )
+
+    async def _has_earlier_life(self) -> bool:
+        while not await self._look.once():
+            wait = wait_in(self._outside.labels.read_row, "once the store is back")
+            await self._outside.waits.until(lambda: False, at=workflow.now() + LOOK_AGAIN_AT_MOST, summary=wait)
+        self._outside.earlier.raise_if_ended()
+        return self._outside.earlier.life.is_sure
 
     # Row 3: hold
 
@@ -156,12 +167,26 @@ class CreditHold(TaskHolds):
         try:
             await self._take(cost, self._request_setup, self._outside.may_begin, self._returned_in_time)
         except HoldRefused as refused:
-            if old is None or refused.refusal.code is not FailureCode.INSUFFICIENT_BALANCE:
+            is_short = refused.refusal.code is FailureCode.INSUFFICIENT_BALANCE
+            if is_short and old is None and await self._forgotten_given_back():
+                await self._top_up(None, cost)
+                return
+            if old is None or not is_short:
                 raise TaskFailed.by_refusal(refused.refusal) from None
             await self._top_up_without_cover(old, cost)
             return
         if old is not None:
             await self._release(old, "topped up")
+
+    async def _forgotten_given_back(self) -> bool:
+        """Give back what an earlier life holds: a service without keys takes a second hold. Once; False for none."""
+        if self.forgotten.is_done or not self._outside.earlier.is_possible or not workflow.patched(FORGOTTEN_FIRST):
+            return False
+        self._forgetting = giving_back = asyncio.create_task(self.forgotten.give_back())
+        await self._returned_in_time(giving_back.done)
+        if giving_back.result():
+            self._record_uncovered("The balance was too short for a hold beside that from before the run was reset.")
+        return giving_back.result()
 
     async def _top_up_without_cover(self, old: RequestedHold, cost: int) -> None:
         await self._release(old, "topped up", self._returned_in_time)

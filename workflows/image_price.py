@@ -57,7 +57,7 @@ class ImagePrice:
         """
         if self._limits.policy.checks_balance_first:
             self._checked = await self._estimate(n, self._labels.price_check)
-            self._hold.check_balance(self._checked)
+            await self._hold.check_balance(self._checked)
 
     async def agree(self, job: JobAccepted, table: int, *, n: int) -> int:
         """Points to hold: the larger of the job's price and the estimate.

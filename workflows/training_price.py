@@ -91,7 +91,7 @@ class TrainingPrice:
         Raises TaskFailed `insufficient_balance`, and as `CreditHold.estimate`.
         """
         if self._limits.policy.checks_balance_first:
-            self._hold.check_balance(await self._estimate(0.0, n=0, summary=self._labels.price_check))
+            await self._hold.check_balance(await self._estimate(0.0, n=0, summary=self._labels.price_check))
 
     # Before the hold: estimate, confirm
 

@@ -5,6 +5,7 @@ The platform's own credits service ignores keys. Its ledger shows no kinds and n
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -77,6 +78,29 @@ async def test_a_training_that_is_reset_to_before_its_hold_was_renewed_is_charge
     ending = await ended(patient_platform, run)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
     assert (await kinds_of(patient_platform, handle)).count("commit") == 1
+
+
+async def test_a_training_that_is_reset_to_its_open_window_is_not_short_of_what_it_holds(
+    patient_platform: Platform,
+) -> None:
+    """The balance is enough for one hold, which stands; nothing that the new run called has read the row."""
+    payer = await new_payer(patient_platform, 120)
+    await payer.has_plain_service()
+    opens = datetime.now(UTC) + timedelta(hours=1)
+    task = payer.training(window={"not_before": opens.isoformat()})
+    await patient_platform.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
+    handle = await patient_platform.start(task)
+    await patient_platform.until_settled(handle)
+    await patient_platform.pass_time(handle, 3_610)
+    await until_started(patient_platform, handle)
+    await patient_platform.until_settled(handle)
+    run = await reset(patient_platform, handle, (await points_of(patient_platform, handle))[1])
+    await patient_platform.until_settled(run)
+    await patient_platform.pass_time(run, IN_FLIGHT_SECONDS)
+    job = await patient_platform.job(run)
+    await patient_platform.simulators.admin.comfyui.act(job.run_id, "finish")
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
 
 
 @pytest.mark.parametrize("answer", ["500", "lost"])
