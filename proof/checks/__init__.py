@@ -7,6 +7,7 @@ object storage, Temporal and the clients have recorded. Only what a kind of run 
 finished_task.py   the evidence on one task, the rules and the exemptions by their names
 judge.py           every rule on one task
 money.py           holds, charges and what the task reports of them
+price.py           what a completed task costs, by both services
 events.py          the event history, and what a client of the live stream received
 histories.py       Temporal's histories of the task's runs, and their replay
 evidence.py        collects the evidence from a running stack

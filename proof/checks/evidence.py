@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from temporalio.client import Client, WorkflowHistory
 from temporalio.service import RPCError
 
 from comfyui_temporal.contracts.give_back import give_back_id_of
+from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.task_events import TaskEvent
 from comfyui_temporal.contracts.tasks import workflow_id_of
 from proof.checks.finished_task import Charges, FinishedTask
@@ -35,13 +36,17 @@ class Services:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the evidence is. `objects`: the folder of temporary object storage, None where it is not read."""
+    """Where the evidence is. `objects`: the folder of temporary object storage, None where it is not read.
+
+    `prices`: the worker's table.
+    """
 
     profile: CreditsProfile
     admin: Admin
     store: TaskStore
     client: Client
     objects: Path | None = None
+    prices: PriceTable = field(default_factory=PriceTable)
 
     async def services(self, task_id: str | None = None) -> Services:
         """Of one task, or of all. Raises AdminRefused, httpx.HTTPError."""
@@ -75,6 +80,7 @@ class Sources:
             holds=services.holds.get(task_id, ()),
             charges=Charges.by(services.entries.get(task_id, ())),
             jobs=services.jobs.get(task_id, ()),
+            prices=self.prices,
             result=result,
             streamed=streamed,
             histories=None if histories is None else [history.events for history in histories],

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from temporalio.api.history.v1 import HistoryEvent
 
+from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.task_events import TaskEvent
 from comfyui_temporal.contracts.task_store import Fact, TaskState
 from comfyui_temporal.contracts.tasks import TaskStatus
@@ -61,6 +62,8 @@ class Exempt(StrEnum):
     """The ledger lags by more than the ten minutes for which it is searched: an earlier life's charge stays unseen."""
     RESET = "reset"
     """The run may have been reset, which the server records as a failed workflow task."""
+    PRICE = "price"
+    """Another caller resolved or charged a hold, or an answer lied about it: the price is not what is due."""
     NO_ROW = "no_row"
     """The run may have been terminated before it claimed its id."""
     SNAPSHOT = "snapshot"
@@ -108,6 +111,8 @@ class FinishedTask:
     holds: Sequence[HoldSeen] = ()
     charges: Charges = Charges()
     jobs: Sequence[RunSeen] = ()
+    prices: PriceTable = field(default_factory=PriceTable)
+    """The worker's table."""
     result: Mapping[str, Any] | None = None
     """The run's own result as JSON; empty for a run that ended Canceled."""
     streamed: Sequence[TaskEvent | int] | None = None

@@ -9,6 +9,7 @@ from proof.checks.events import check_events, check_stream
 from proof.checks.finished_task import NOTHING_EXPECTED, Exempt, Expected, Finding, Findings, FinishedTask, Rule
 from proof.checks.histories import check_history
 from proof.checks.money import check_money
+from proof.checks.price import check_price
 
 
 class NotCollected(Exception):
@@ -21,6 +22,7 @@ def judge(task: FinishedTask, expected: Expected = NOTHING_EXPECTED, exempt: Ite
     _check_evidence(task, exemptions)
     _check_end(task, expected, exemptions, findings)
     check_money(task, expected, exemptions, findings)
+    check_price(task, exemptions, findings)
     check_events(task, findings)
     _check_jobs(task, expected, exemptions, findings)
     if Exempt.RESULT not in exemptions:

@@ -13,7 +13,7 @@ from temporalio.api.history.v1 import HistoryEvent
 
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.task_events import EventType, TaskEvent
-from comfyui_temporal.contracts.task_store import TaskState
+from comfyui_temporal.contracts.task_store import TaskRow, TaskState
 from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskStatus
 from proof.checks.finished_task import Charges, Exempt, Expected, FinishedTask, Rule
 from proof.checks.judge import NotCollected, judge
@@ -75,8 +75,16 @@ def hold(amount: int, phase: str) -> Any:
     return SimpleNamespace(pre_deduct_id=f"hold-{phase}", amount=amount, phase=phase)
 
 
-def job(*, is_over: bool) -> Any:
-    return SimpleNamespace(run_id="job-1", is_over=is_over)
+def job(*, is_over: bool, **given: Any) -> Any:
+    return SimpleNamespace(**{"run_id": "job-1", "is_over": is_over, "kind": "image", "state": {}, **given})
+
+
+def stored(state: TaskState, *, resolution: str = "hd") -> TaskRow:
+    """The row as the store returns it."""
+    claimed: dict[str, Any] = {"tenant_id": "tenant", "user_id": "u", "template_id": "t", "resolution": resolution}
+    claimed |= {"scene": Scene.IMAGE_GENERATE, "priority": "standard", "workflow_id": "w", "input_sha256": "0"}
+    claimed |= {"first_execution_run_id": "r", "created_at": NOW, "updated_at": NOW, "ended_at": NOW, "last_seq": 4}
+    return TaskRow(task_id="t", **claimed, **state.model_dump())
 
 
 def broken(judged: FinishedTask, expected: Expected = ONCE, *exempt: Exempt) -> set[Rule]:
@@ -109,6 +117,55 @@ def test_evidence_that_was_not_collected_has_to_be_exempt_by_name() -> None:
 def test_another_charge_than_is_reported_is_found(charges: Charges, rule: Rule) -> None:
     assert rule in broken(task(charges=charges))
     assert rule in broken(task(charges=charges, records=[UNKNOWN])), "a record excuses no wrong figure"
+
+
+@pytest.mark.parametrize(
+    ("cost", "charged", "shortfall", "records", "rules"),
+    [
+        (20, 20, 0, [], set()),
+        (21, 20, 0, [], {Rule.MISCHARGE}),
+        (19, 20, 0, [], {Rule.DOUBLE_CHARGE}),
+        (30, 24, 0, [], set()),
+        (24, 20, 4, [("shortfall", {"shortfall": 4})], set()),
+        (24, 20, 4, [], {Rule.MISREPORTED}),
+        (24, 20, 4, [("shortfall", {"shortfall": 3})], {Rule.MISREPORTED}),
+    ],
+)
+def test_an_image_costs_what_its_job_says_and_no_more_than_was_held(
+    cost: int, charged: int, shortfall: int, records: list[Any], rules: set[Rule]
+) -> None:
+    delivered = job(is_over=True, kind="image", state={"result_urls": ["u"], "actual_cost": cost})
+    credits = {"charged": charged, "returned": 24 - charged, "shortfall": shortfall}
+    kept = events()
+    kept[2] = event(3, EventType.CREDITS, credits_delta=24 - charged)
+    judged = task(
+        row=stored(row(credits=credits)),
+        charges=Charges(charged, commits=1),
+        jobs=[delivered],
+        records=records,
+        events=kept,
+    )
+    assert broken(judged) == rules
+    assert broken(judged, ONCE, Exempt.PRICE) == set()
+
+
+@pytest.mark.parametrize(("taken", "is_right"), [(119, False), (180, True), (210, True), (211, False)])
+def test_a_training_costs_its_last_jobs_hours_and_those_resumed_from(taken: int, is_right: bool) -> None:
+    first = job(is_over=True, run_id="job-0", kind="training", state={"checkpoint": {"gpu_hours_used": 0.5}})
+    last = job(is_over=True, kind="training", state={"output": {"model_path": "m"}, "gpu_hours_used": 2.0})
+    kept = events()
+    kept[1:3] = [
+        event(2, EventType.CREDITS, credits_delta=-300),
+        event(3, EventType.CREDITS, credits_delta=300 - taken),
+    ]
+    judged = task(
+        row=stored(row(credits={"held": 300, "charged": taken, "returned": 300 - taken}), resolution="base"),
+        charges=Charges(taken, commits=1),
+        holds=[hold(300, "committed")],
+        jobs=[first, last],
+        events=kept,
+    )
+    assert (broken(judged) == set()) is is_right
 
 
 def test_a_charge_for_nothing_is_found() -> None:

@@ -11,6 +11,7 @@ from temporalio.client import WorkflowExecutionStatus, WorkflowFailureError, Wor
 from temporalio.exceptions import ApplicationError, CancelledError
 
 from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
+from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.task_events import TaskEvent
 from comfyui_temporal.contracts.task_store import TaskExceptionRow
 from comfyui_temporal.contracts.tasks import TaskStatus
@@ -109,7 +110,12 @@ async def _assert_judged(
 ) -> None:
     simulators = platform.simulators
     sources = Sources(
-        simulators.credits_profile, simulators.admin, platform.store, platform.client, platform.folder / "objects"
+        simulators.credits_profile,
+        simulators.admin,
+        platform.store,
+        platform.client,
+        platform.folder / "objects",
+        platform.policy.get("prices", PriceTable()),
     )
     services = await sources.services(task_id)
     assert not services.problems, services.problems
