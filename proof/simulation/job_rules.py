@@ -120,22 +120,30 @@ class JobRules:
 
     def check_failure(self, code: str, at: float) -> None:
         """A task fails for a reason that a service gave, or the policy."""
-        scenario, attempt = self._world.scenario, self._world.witness.attempt
-        reasons: set[str] = set(self._refused())
-        if scenario.has_wrong_input:
-            reasons.add(FailureCode.INPUT_INVALID)
-        reasons |= self._reasons_of_balance()
-        if not scenario.is_image:
-            reasons |= self._reasons_of_training(at)
-        if attempt is not None:
-            reasons |= self._reasons_of_job(attempt)
-            reasons |= self._reasons_of_price(attempt)
-            reasons |= self._reasons_of_row()
-            was_queued_too_long = at >= self._queue_limit(attempt)
-            is_over = was_queued_too_long or at >= min(self._holds.deadlines(at))
-            if is_over or attempt.n > 1 or self._waits_for_retry(attempt):
-                reasons.add(FailureCode.TIMEOUT)
+        attempt = self._world.witness.attempt
+        reasons = self._reasons(at) | (set() if attempt is None else self._reasons_of(attempt, at))
         must(code in reasons, f"failed with {code}, the reasons there are:", *sorted(reasons))
+
+    def check_failure_of_any_life(self, code: str, at: float) -> None:
+        """The same where the run was reset: the reason may be of any life."""
+        reasons = self._reasons(at)
+        for attempt in self._world.witness.attempts.values():
+            reasons |= self._reasons_of(attempt, at)
+        must(code in reasons, f"failed with {code} after a reset, the reasons there are:", *sorted(reasons))
+
+    def _reasons(self, at: float) -> set[str]:
+        """Those that no job of the task gave."""
+        reasons = self._refused() | self._reasons_of_balance()
+        if self._world.scenario.has_wrong_input:
+            reasons.add(FailureCode.INPUT_INVALID)
+        return reasons if self._world.scenario.is_image else reasons | self._reasons_of_training(at)
+
+    def _reasons_of(self, attempt: Attempt, at: float) -> set[str]:
+        reasons = self._reasons_of_job(attempt) | self._reasons_of_price(attempt) | self._reasons_of_row()
+        is_over = at >= self._queue_limit(attempt) or at >= min(self._holds.deadlines(at))
+        if is_over or attempt.n > 1 or self._waits_for_retry(attempt):
+            reasons.add(FailureCode.TIMEOUT)
+        return reasons
 
     def _refused(self) -> set[str]:
         """Codes of the definite refusals that the run received, and of services that could not be reached."""

@@ -306,21 +306,16 @@ class Oracle:
         must(not findings, "", *(f"{finding.rule}: {finding}" for finding in findings))
 
     def _check_end_of_reset(self, row: TaskState, charged: int) -> None:
-        """What the row had ended with stays; and no more is charged than the dearest job costs."""
-        self._world.status = row.status
+        """What the row had ended with stays; a failure has a reason of any life; what is charged is the price."""
+        self._world.status, closed = row.status, self._server.closed
+        assert closed is not None
         if self._ended_before is not None:
             must((charged, row) == self._ended_before, "the row had ended, and then:", charged, row)
-        must(charged <= self._dearest(), "charged more than any of the jobs costs:", charged, self._dearest())
-
-    def _dearest(self) -> int:
-        """The most that a job of the task may cost: what was held of it, or what its delivery costs without a hold."""
-        held = max((hold.amount for hold in self._parties.credits.holds), default=0)
-        delivered = [
-            self._prices.of_delivery(attempt, held)
-            for attempt in self._world.witness.attempts.values()
-            if (work := self._works.get(attempt.job_id or "")) is not None and work.state.has_succeeded()
-        ]
-        return max(held, *delivered, 0) + (10**6 if self._scenario.policy.charge_shortfall else 0)
+        self._check_updates_answered()
+        if closed.how == "failed":
+            ended_at = self._parties.store.events[-1].ts.timestamp()
+            self._jobs.check_failure_of_any_life(closed.failure.application_failure_info.type, ended_at)
+        self._settlement.check_after_reset(charged)
 
     def _may_fail_delivered(self, closed: Any) -> bool:
         """Delivered work is refused only where it costs less than nothing or could not be covered."""

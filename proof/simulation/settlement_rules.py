@@ -51,6 +51,33 @@ class SettlementRules:
         self._check_reported(charged, reported)
         self._check_sum_of_events(charged)
 
+    # After a reset
+
+    def check_after_reset(self, charged: int) -> None:
+        """What is charged is the price of a job that was delivered, under a hold of any life."""
+        prices = self._prices_of_all_lives()
+        must(charged <= max(prices | {0}), "charged more than any of the jobs costs:", charged, *sorted(prices))
+        if self._world.is_completed and charged not in prices:
+            may_be_short = self._may_be_short_after_reset(charged, prices)
+            must(may_be_short, f"charged {charged} after a reset without a reason, right is one of", *sorted(prices))
+
+    def _prices_of_all_lives(self) -> set[int]:
+        held = {min(hold.amount, hold.asked) for hold in self._world.parties.credits.holds} or {0}
+        return {
+            self._prices.of_delivery(attempt, points)
+            for attempt in self._world.witness.attempts.values()
+            if (work := self._world.works.get(attempt.job_id or "")) is not None and work.state.has_succeeded()
+            for points in (held if self._world.scenario.is_image else {0})
+        }
+
+    def _may_be_short_after_reset(self, charged: int, prices: set[int]) -> bool:
+        """A refused charge or amount, or what another life's commit left; or it is unknown for a cause."""
+        terms, records = self._world.parties.credits.terms, self._world.parties.store.exceptions.values()
+        left = [record.details.get("shortfall", 0) for record in records if record.code == ExceptionCode.SHORTFALL]
+        if terms.commits_less or any(points > 0 and charged + points in prices for points in left):
+            return True
+        return self.is_unknown and bool(self._commits_refused() or self._is_charge_unanswered() or terms.lag_seconds)
+
     def _check_price(self, charged: int) -> None:
         attempt = self._world.witness.attempt
         assert attempt is not None
@@ -92,7 +119,7 @@ class SettlementRules:
         return any(reply is not None and reply.frozen_amount != sent for sent, reply in replies)
 
     def _is_charge_unanswered(self) -> bool:
-        return any(call.outcome is None for call in self._world.witness.calls["charge"])
+        return any(call.outcome is None for call in self._world.witness.calls.get("charge", ()))
 
     def _may_be_short(self, price: int) -> bool:
         policy, witness = self._world.scenario.policy, self._world.witness
