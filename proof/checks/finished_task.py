@@ -63,7 +63,7 @@ class Exempt(StrEnum):
     RESET = "reset"
     """The run may have been reset, which the server records as a failed workflow task."""
     PRICE = "price"
-    """Another caller resolved or charged a hold, or an answer lied about it: the price is not what is due."""
+    """Another caller resolved a hold, or someone spoke in a service's place, so its state is not what the task knew."""
     NO_ROW = "no_row"
     """The run may have been terminated before it claimed its id."""
     SNAPSHOT = "snapshot"

@@ -88,6 +88,8 @@ class Platform:
     """Each tenant's."""
     read_seconds: float = READ_SECONDS
     """How long the worker's clients wait for an answer."""
+    told_by_hand: set[str] = field(default_factory=set)
+    """Tasks and tenants for whom a scenario sent messages or calls of its own: the services do not know all."""
 
     cached_workflows: ClassVar[int] = 1_000
     """How many runs a worker keeps in memory by default."""
@@ -155,6 +157,7 @@ class Platform:
 
     async def callback(self, handle: Handle, **body: Any) -> None:
         """A signal past the gateway, as a careless sender would send it."""
+        self.told_by_hand.add(task_id_of(handle))
         await handle.signal(CALLBACK_SIGNAL, body)
 
     # Waiting on conditions
