@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from itertools import pairwise
 from typing import Any, Final
 
@@ -11,9 +12,17 @@ from proof.simulation.calls import Call
 from proof.simulation.hold_rules import HoldRules
 from proof.simulation.invariants import World, must
 from proof.simulation.price_rules import Prices
-from proof.simulation.witness import Attempt, key_of, number_of
+from proof.simulation.witness import GETS, Attempt, key_of, number_of
 
 SLACK: Final = 0.01
+SETUP_OF: Final = {
+    **dict.fromkeys(("submit_job", "create_training", "start_training", "list_gpus"), FailureCode.COMFYUI_UNAVAILABLE),
+    **dict.fromkeys(("estimate", "pre_deduct"), FailureCode.CREDITS_UNAVAILABLE),
+}
+"""The calls that begin something, and the code of a task whose call stays without an answer."""
+LAST_BACKOFF: Final = 30.0
+"""Seconds: no try begins that would be later than the limit."""
+UNREADABLE_FOR: Final = 900.0
 
 
 class JobRules:
@@ -140,30 +149,56 @@ class JobRules:
 
     def _reasons_of(self, attempt: Attempt, at: float) -> set[str]:
         reasons = self._reasons_of_job(attempt) | self._reasons_of_price(attempt) | self._reasons_of_row()
+        if self._was_unreadable(attempt, at):
+            reasons.add(FailureCode.REPLY_INVALID)
         is_over = at >= self._queue_limit(attempt) or at >= min(self._holds.deadlines(at))
         if is_over or attempt.n > 1 or self._waits_for_retry(attempt):
             reasons.add(FailureCode.TIMEOUT)
         return reasons
 
     def _refused(self) -> set[str]:
-        """Codes of the definite refusals that the run received, and of services that could not be reached."""
+        """Codes of the definite refusals that the run received, and of services that could not be reached for long."""
         codes: set[str] = set()
-        for calls in self._world.witness.calls.values():
-            for call in calls:
-                refusal = getattr(call.outcome, "refusal", None)
-                if refusal is not None and call.resolved_at is not None:
-                    codes.add(refusal.code.value)
-                if call.outcome is None and call.resolved_at is not None:
-                    codes |= {FailureCode.CREDITS_UNAVAILABLE, FailureCode.COMFYUI_UNAVAILABLE}
-                    codes |= {FailureCode.REPLY_INVALID, FailureCode.DATASET_INVALID}
+        unanswered: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for call in self._calls(*SETUP_OF):
+            refusal = getattr(call.outcome, "refusal", None)
+            if refusal is not None:
+                codes.add(refusal.code.value)
+            elif call.outcome is None and not call.is_local and call.cancel_asked_at is None:
+                unanswered[call.name, key_of(call)] += (call.resolved_at or 0.0) - call.scheduled_at
+        limit = 60 * self._world.scenario.policy.opening_call_minutes - LAST_BACKOFF
+        for (name, _), seconds in unanswered.items():
+            if seconds >= limit:
+                codes |= {SETUP_OF[name], FailureCode.REPLY_INVALID}
+        if any(call.outcome is None for call in self._calls("snapshot", "create_training")):
+            codes.add(FailureCode.DATASET_INVALID)
         return codes
 
+    def _calls(self, *names: str) -> list[Call]:
+        """Calls of these names whose outcome the run received, but for those of the undo."""
+        calls = [call for name in names for call in self._world.witness.calls.get(name, ())]
+        return [c for c in calls if c.resolved_at is not None and not getattr(c.argument, "is_undo", False)]
+
+    def _was_unreadable(self, attempt: Attempt, at: float) -> bool:
+        """Whether a job's state stayed unreadable for 15 minutes, or until a deadline."""
+        polls = [call for call in self._calls(*GETS) if call.argument.job_id == attempt.job_id]
+        since: float | None = None
+        for call in polls:
+            if call.outcome is not None:
+                since = None
+            elif since is None:
+                since = call.scheduled_at
+        return since is not None and (at >= since + UNREADABLE_FOR or at >= min(self._holds.deadlines(at)))
+
     def _reasons_of_balance(self) -> set[str]:
-        """The balance did not cover an estimate, and nothing was begun after it."""
+        """The balance that was shown did not cover an estimate, no hold was granted, and nothing was begun after it."""
         newest = max(self._world.witness.attempts, default=0)
         told = [self._world.witness.reply("estimate", n) for n in {0, newest + 1} - set(self._world.witness.attempts)]
-        is_short = any(e is not None and (e.current_balance or 0) < e.selected_cost for e in told)
+        is_short = any(
+            e is not None and e.current_balance is not None and e.current_balance < e.selected_cost for e in told
+        )
         has_begun = bool(self._world.parties.objects.kept) or (not self._world.scenario.is_image and newest > 0)
+        has_begun |= bool(self._holds.granted())
         return {FailureCode.INSUFFICIENT_BALANCE} if is_short and not has_begun else set()
 
     def _reasons_of_job(self, attempt: Attempt) -> set[str]:
