@@ -45,6 +45,7 @@ class Work(Generic[State]):
     state: State
     request: Any
     asked_at: float
+    key: str = ""
     price: int = 0
     """An image's `estimated_cost` in points."""
     is_started: bool = True

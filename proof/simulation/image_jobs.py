@@ -37,7 +37,7 @@ class ImageJobs(ComfyUIModel[JobState]):
             return refused(self.terms.refuses_submits_with)
         job_id = f"job-{len(self.works) + 1}"
         state = JobState(job_id=job_id, job_status=JobStatus.QUEUED, estimated_time=self.terms.minutes)
-        work = Work(state, post.body, self._timeline.now, price=self.price_of(post.body))
+        work = Work(state, post.body, self._timeline.now, post.key, price=self.price_of(post.body))
         self.works[job_id] = work
         self.live(work, self._plan(work))
         return Answer(

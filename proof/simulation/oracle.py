@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from comfyui_temporal.contracts.comfyui import JobStatus, TrainingStage
-from comfyui_temporal.contracts.errors import ExceptionCode, FailureCode
+from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.start_answer import Reached, StartAnswer
 from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import Fact, TaskState
@@ -243,17 +243,15 @@ class Oracle:
         must(charged == self._charged_at_end, "charged after the end:", charged, self._charged_at_end)
         if self.status is None:
             return
-        recorded = self._world.recorded_codes()
-        holds_excused = {ExceptionCode.HOLD_LEFT_TO_EXPIRY, ExceptionCode.UNDO_UNFINISHED} & recorded
         doubled = (
             [hold.pre_deduct_id for hold in self._holds.unreported()] if self._parties.credits.terms.is_field else []
         )
-        open_holds = [hold.pre_deduct_id for hold in self._parties.credits.holds if hold.phase == "open"]
-        left = [pre_deduct_id for pre_deduct_id in open_holds if pre_deduct_id not in doubled]
-        must(not left or bool(holds_excused) or self._settlement.is_unknown, "holds are left open:", *left)
-        jobs_excused = {ExceptionCode.ROUTE_NOT_OFFERED, ExceptionCode.UNDO_UNFINISHED} & recorded
-        alive = [job_id for job_id, work in self._works.items() if work.runs]
-        must(not alive or bool(jobs_excused), "jobs run on after the end:", *alive)
+        open_holds = [hold for hold in self._parties.credits.holds if hold.phase == "open"]
+        left = [hold.pre_deduct_id for hold in open_holds if hold.pre_deduct_id not in doubled]
+        left = [pre_deduct_id for pre_deduct_id in left if not self._record.excuses_hold(pre_deduct_id)]
+        must(not left, "holds are left open:", *left)
+        alive = [job_id for job_id, work in self._works.items() if work.runs and not self._record.excuses_job(job_id)]
+        must(not alive, "jobs run on after the end:", *alive)
         must(not self._parties.objects.kept, "a dataset snapshot is left behind")
 
     def _check_end(self, charged: int) -> None:

@@ -18,7 +18,7 @@ from proof.simulation.invariants import World, must
 from proof.simulation.price_rules import Prices
 from proof.simulation.settlement_rules import LOOKS_FOR_SECONDS, SettlementRules
 from proof.simulation.versions import Release
-from proof.simulation.witness import CANCELS, Attempt, Report, key_of, number_of
+from proof.simulation.witness import CANCELS, SUBMITS, Attempt, Report, key_of, number_of
 
 SLACK: Final = 0.01
 SURELY: Final = 150.0
@@ -226,8 +226,10 @@ class RecordRules:
             ExceptionCode.ROUTE_NOT_OFFERED: lambda: self._may_lack_route(exception.key),
             ExceptionCode.UNCOVERED: lambda: self._was_uncovered(at),
             ExceptionCode.QUEUE_SLA_MISSED: lambda: self._was_queued_until(at),
-            ExceptionCode.HOLD_LEFT_TO_EXPIRY: lambda: self._was_not_given_back() or self._is_cancel_refused(),
-            ExceptionCode.UNDO_UNFINISHED: lambda: self._hides_doubled(exception) or self._was_unreadable(),
+            ExceptionCode.HOLD_LEFT_TO_EXPIRY: lambda: self._was_undo_refused(exception.key),
+            ExceptionCode.UNDO_UNFINISHED: lambda: (
+                self._hides_doubled(exception) or self._was_undo_refused(exception.key)
+            ),
             ExceptionCode.HOLD_DOUBLED: lambda: self._world.parties.credits.terms.is_field,
         }
         if exception.key == "end":
@@ -262,23 +264,57 @@ class RecordRules:
         """Whether the ledger may not show a doubled hold in time."""
         terms = self._world.parties.credits.terms
         may_be_late = terms.lag_seconds > 0 or self._world.is_reset
+        looks = self._world.witness.calls.get("ledger", ())
+        may_be_late |= any(look.outcome is None for look in looks if look.resolved_at is not None)
         return exception.key == HOLD_OUT_OF_SIGHT and may_be_late
 
     def _was_not_given_back(self) -> bool:
         refused = {message for _, message in self._world.witness.refusals("cancel_hold")}
         return bool(refused - {"pre_deduct_not_found"}) and self._hides_resolutions()
 
-    def _is_cancel_refused(self) -> bool:
-        """Whether a cancel was refused for a reason that says nothing about its hold."""
-        return "amount_invalid" in {message for _, message in self._world.witness.refusals("cancel_hold")}
+    def _was_undo_refused(self, key: str) -> bool:
+        """Whether the undo of just this hold or job was refused, or stayed without a readable answer."""
+        step, _, n = key.partition(":")
+        names: dict[str, tuple[str, ...]] = {
+            "hold_left": ("cancel_hold",),
+            "undo_hold": ("pre_deduct",),
+            "undo_job": (*CANCELS, *SUBMITS),
+        }
+        calls = [call for name in names.get(step, ()) for call in self._world.witness.calls.get(name, ())]
+        return any(self._is_refused(call) for call in calls if str(number_of(key_of(call))) == n)
+
+    def _is_refused(self, call: Call) -> bool:
+        if call.resolved_at is None:
+            return False
+        return call.outcome is None or (isinstance(call.outcome, Answer) and call.outcome.refusal is not None)
+
+    def excuses_hold(self, pre_deduct_id: str) -> bool:
+        """Whether a record says of this hold that its end, or its id, could not be found out."""
+        hold = self._world.parties.credits.account.holds[pre_deduct_id]
+        committed = [call.argument.body.pre_deduct_id for call in self._world.witness.calls.get("commit", ())]
+        if self._settlement.is_unknown and pre_deduct_id in committed:
+            return True
+        steps = ("hold_left", "hold_unknown", "undo_hold")
+        return self._is_recorded(steps, pre_deduct_id=pre_deduct_id, n=hold.n)
+
+    def excuses_job(self, job_id: str) -> bool:
+        """The same for a job that could not be cancelled."""
+        n, steps = number_of(self._world.works[job_id].key), ("cancel_job", "undo_job", "route_not_offered")
+        is_of_unread_run = any(key.startswith("earlier_run:") for key in self._world.parties.store.exceptions)
+        return is_of_unread_run or self._is_recorded(steps, job_id=job_id, n=n)
+
+    def _is_recorded(self, steps: tuple[str, ...], *, n: int, **named: str) -> bool:
+        """Whether a record of one of these steps names it by its id, or else by its number."""
+        for exception in self._world.parties.store.exceptions.values():
+            step, _, rest = exception.key.partition(":")
+            ids = [exception.details.get(name) for name in named]
+            if step in steps and (ids == list(named.values()) or (ids == [None] and rest == str(n))):
+                return True
+        return False
 
     def _hides_resolutions(self) -> bool:
         terms = self._world.parties.credits.terms
         return not terms.tells_kinds or terms.lag_seconds >= LOOKS_FOR_SECONDS
-
-    def _was_unreadable(self) -> bool:
-        calls = [call for calls in self._world.witness.calls.values() for call in calls]
-        return any(call.resolved_at is not None and call.outcome is None for call in calls)
 
     def _are_different(self, key: str, prices: Callable[[Attempt], dict[str, int]]) -> bool:
         attempt = self._world.witness.attempts.get(int(key.rpartition(":")[2]))

@@ -156,7 +156,8 @@ class SettlementRules:
         must(reported.pre_deduct_ids == ids[-MAX_KEPT_HOLDS:], "the row names the holds:", *reported.pre_deduct_ids)
         codes = self._world.recorded_codes()
         is_left = ExceptionCode.HOLD_LEFT_TO_EXPIRY in codes and not charged
-        if self.is_unknown or is_left or ExceptionCode.UNDO_UNFINISHED in codes:
+        is_left = is_left or any(key.startswith("undo_hold:") for key in self._world.parties.store.exceptions)
+        if self.is_unknown or is_left:
             is_reported = reported.settlement is SettlementState.UNKNOWN
             must(is_reported or not self.is_unknown, "what is unknown is reported as known:", reported)
             return

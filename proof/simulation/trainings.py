@@ -48,7 +48,7 @@ class Trainings(ComfyUIModel[TrainingState]):
         state = TrainingState(
             training_id=training_id, training_status=TrainingStatus.QUEUED, gpu_hours=self.gpu_hours, gpu_hours_used=0.0
         )
-        work = Work(state, post.body, self._timeline.now, is_started=False)
+        work = Work(state, post.body, self._timeline.now, post.key, is_started=False)
         self.works[training_id] = work
         if "start" in self.terms.not_offered:
             self._begin(work)
