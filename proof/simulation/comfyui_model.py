@@ -6,6 +6,7 @@ import random
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Final, Generic, TypeVar
 
 from comfyui_temporal.contracts.calls import JobCall, Post
@@ -71,6 +72,22 @@ class ComfyUITerms:
     minutes: float = 2.0
     """Its `estimated_time`."""
     sends_callbacks: bool = True
+    flickers: Flicker | None = None
+    """How it answers `get` for `flickers_for` seconds after the first 404, which is its `flickers_at`th answer."""
+    flickers_at: int = 1
+    flickers_for: float = 0.0
+
+
+class Flicker(StrEnum):
+    """What a server answers to `get` once it has answered that it does not know a job that it has."""
+
+    KNOWN = "known"
+    UNREADABLE = "unreadable"
+    REFUSED = "authorization_missing"
+
+
+class UnreadableAnswer(Exception):
+    """The server answers something that nobody can read."""
 
 
 class ComfyUIModel(Generic[State]):
@@ -88,6 +105,8 @@ class ComfyUIModel(Generic[State]):
         """Job and sequence → the state that it had."""
         self._answers: dict[str, tuple[str, Answer[Any]]] = {}
         self.conflicts: list[str] = []
+        self._gets = 0
+        self._flickers_until: float | None = None
 
     def submit(self, post: Post[Any]) -> Answer[Any]:
         return self._once(post.key, post.body.model_dump_json(), lambda: self._made(post))
@@ -96,7 +115,23 @@ class ComfyUIModel(Generic[State]):
         work = self.works.get(call.job_id)
         if work is None or work.is_forgotten:
             return self._unknown()
-        return Answer(reply=work.state)
+        return self._flickering() or Answer(reply=work.state)
+
+    def _flickering(self) -> Answer[Any] | None:
+        """The answer in the state's place. Raises UnreadableAnswer."""
+        self._gets += 1
+        if self.terms.flickers is None:
+            return None
+        if self._flickers_until is None:
+            if self._gets < self.terms.flickers_at:
+                return None
+            self._flickers_until = self._timeline.now + self.terms.flickers_for
+            return self._unknown()
+        if self.terms.flickers is Flicker.KNOWN or self._timeline.now >= self._flickers_until:
+            return None
+        if self.terms.flickers is Flicker.UNREADABLE:
+            raise UnreadableAnswer
+        return refused(self.terms.flickers.value)
 
     def cancel(self, call: JobCall) -> Answer[State]:
         if "cancel" in self.terms.not_offered:

@@ -23,6 +23,8 @@ SETUP_OF: Final = {
 LAST_BACKOFF: Final = 30.0
 """Seconds: no try begins that would be later than the limit."""
 UNREADABLE_FOR: Final = 900.0
+LEAST_PAUSE: Final = 9.99
+"""Seconds between two polls of a job: a 404 counts once more after ten."""
 
 
 class JobRules:
@@ -112,6 +114,20 @@ class JobRules:
         return job_id in self._cancelled
 
     # Once the task has ended
+
+    def check_polls(self) -> None:
+        """A job is polled with pauses. A run that continued as new may poll at once, and the last poll before a timeout
+        waits for nothing.
+        """
+        for job_id in self._world.works:
+            polls = [call for name in GETS for call in self._world.witness.calls.get(name, ())]
+            polls = [call for call in polls if call.argument.job_id == job_id]
+            for earlier, later in pairwise(polls):
+                is_of_next_run = later.argument.call_for != earlier.argument.call_for or later is polls[-1]
+                if earlier.resolved_at is None or is_of_next_run:
+                    continue
+                pause = later.scheduled_at - earlier.resolved_at
+                must(pause >= LEAST_PAUSE, f"{job_id} was polled again after {pause:g} s")
 
     def check_end(self) -> None:
         attempts = list(self._world.witness.attempts.values())

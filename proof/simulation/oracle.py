@@ -272,6 +272,7 @@ class Oracle:
         self._check_updates_answered()
         self._check_cancels(closed.how)
         self._jobs.check_end()
+        self._jobs.check_polls()
         self._settlement.check(charged, row.credits)
         ended_at = self._parties.store.events[-1].ts.timestamp()
         self._record.check_end(ended_at)

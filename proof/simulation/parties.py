@@ -17,6 +17,7 @@ from comfyui_temporal.contracts.comfyui import ManifestReference, SnapshotRefere
 from comfyui_temporal.contracts.errors import Answer, FailureCode
 from comfyui_temporal.contracts.give_back import EarlierJobs
 from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE
+from proof.simulation.comfyui_model import UnreadableAnswer
 from proof.simulation.credits_model import ActedAndFailed, CreditsModel
 from proof.simulation.fault_schedule import Party
 from proof.simulation.hosted_run import CONVERTER
@@ -158,6 +159,8 @@ class Parties:
             return self._gate.through(name, argument, caller, self._routes[name])
         except StoreAway:
             raise CallRefused(STORE_UNAVAILABLE, "the task store did not answer", is_final=False) from None
+        except UnreadableAnswer:
+            raise CallRefused(FailureCode.REPLY_INVALID, f"{name} got no readable answer", is_final=False) from None
         except ActedAndFailed:
             raise CallRefused(
                 FailureCode.CREDITS_UNAVAILABLE, f"{name} was answered with 500", is_final=False

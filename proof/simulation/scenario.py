@@ -17,7 +17,7 @@ from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.continuation import ImageRun, TrainingRun
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.prices import PriceTable
-from proof.simulation.comfyui_model import ComfyUITerms
+from proof.simulation.comfyui_model import ComfyUITerms, Flicker
 from proof.simulation.credits_model import CreditsTerms
 from proof.simulation.fault_schedule import FaultSchedule, Party
 from proof.simulation.timeline import START, Timeline
@@ -218,6 +218,15 @@ def _add_newest(newest: random.Random, scenario: Scenario) -> None:
     if scenario.is_image and newest.random() < 0.2:
         _ask_for_several(newest.choice((2, 4, 16)), scenario)
     scenario.credits.refuses_cancels = _rarely(newest, 0.05, lambda: newest.choice((1, 1, 2, 100)), 0)
+    _add_troubles(newest, scenario)
+
+
+def _add_troubles(newest: random.Random, scenario: Scenario) -> None:
+    """Drawn last: what came before stays as it was."""
+    if newest.random() < 0.1:
+        terms = scenario.comfyui
+        terms.flickers, terms.flickers_at = newest.choice(list(Flicker)), newest.choice((1, 1, 2, 3))
+        terms.flickers_for = newest.choice((30.0, 300.0, 1_200.0))
 
 
 def _ask_for_several(images: int, scenario: Scenario) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from comfyui_temporal.contracts.calls import JobCall
 from comfyui_temporal.contracts.comfyui import Checkpoint, JobState, TrainingState
-from comfyui_temporal.contracts.errors import Answer, ErrorDetails
+from comfyui_temporal.contracts.errors import Answer, ErrorDetails, FailureCode
 from comfyui_temporal.contracts.lives import READ_THE_LEDGER, TASK_ENDED
 from comfyui_temporal.contracts.tasks import ConfirmPrice
 from proof.simulation.calls import Call
@@ -126,7 +126,7 @@ class Witness:
             assert isinstance(call.argument, JobCall)
             if answer.reply is not None:
                 self._report(answer.reply, at, is_polled=True)
-            elif answer.refusal is not None:
+            elif answer.refusal is not None and answer.refusal.code is FailureCode.LOST:
                 self.unknown_at[call.argument.job_id].append(at)
 
     def _report(self, state: State, at: float, *, is_polled: bool = False) -> None:
