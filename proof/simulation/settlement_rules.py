@@ -103,10 +103,38 @@ class SettlementRules:
         has_doubt = self._commits_refused() or self._is_answered_otherwise() or self._is_charge_unanswered()
         has_doubt = has_doubt or is_hold_unknown
         must(bool(has_doubt), "settlement_unknown although no commit was refused")
+        self._check_searched()
         committed = {call.argument.body.pre_deduct_id for call in self._world.witness.calls["commit"]}
         looks = [call.outcome.reply.entries for call in self._world.witness.calls["ledger"] if call.outcome is not None]
         shown = [entry for entries in looks for entry in entries if entry.pre_deduct_id in committed]
         must(not any(entry.kind in _RESOLVING for entry in shown), "settlement_unknown although the ledger shows it")
+
+    def _check_searched(self) -> None:
+        """The ledger was read for ten minutes, and what it shows of the hold's end by then was looked for in vain."""
+        doubted_at, looks = self._doubted_at(), self._world.witness.calls.get("ledger", [])
+        if doubted_at is None or "settlement_unknown" not in self._world.parties.store.exceptions:
+            return
+        looked_until = max((look.resolved_at or look.scheduled_at for look in looks), default=0.0)
+        is_searched = looked_until >= doubted_at + LOOKS_FOR_SECONDS - 1
+        must(is_searched, f"settlement_unknown although the ledger was read for {looked_until - doubted_at:g} s")
+        terms, account = self._world.parties.credits.terms, self._world.parties.credits.account
+        is_readable = terms.tells_kinds and not any(look.outcome is None for look in looks)
+        if not is_readable or self._is_charge_unanswered():
+            return
+        committed = {call.argument.body.pre_deduct_id for call in self._world.witness.calls["commit"]}
+        ends = [at for at, e in account.entries if e.pre_deduct_id in committed and e.kind in _RESOLVING]
+        is_shown = any(at + terms.lag_seconds < doubted_at + LOOKS_FOR_SECONDS - 1 for at in ends)
+        must(not is_shown, "settlement_unknown although the ledger shows the end within ten minutes")
+
+    def _doubted_at(self) -> float | None:
+        """When the run first learned that a commit is in doubt."""
+        commits = [call for call in self._world.witness.calls.get("commit", ()) if call.resolved_at is not None]
+        refused = [
+            call.resolved_at
+            for call in commits
+            if call.outcome is None or (isinstance(call.outcome, Answer) and call.outcome.refusal is not None)
+        ]
+        return min((at for at in refused if at is not None), default=None)
 
     def _commits_refused(self) -> list[str]:
         unreadable = ["unreadable" for call in self._world.witness.calls.get("commit", ()) if call.outcome is None]
