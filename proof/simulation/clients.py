@@ -65,6 +65,7 @@ class Clients:
             Action.OLD_CALLBACK: self._send_old_callback,
             Action.QUERY: self._query,
             Action.KILL: lambda: server.kill_worker(rng.choice((0.5, 3.0, 30.0))),
+            Action.LONG_KILL: lambda: server.kill_worker(1_200.0),
             Action.EVICT: server.evict,
             Action.HOLD_CANCELLED_BY_OPERATOR: parties.credits.cancel_by_operator,
             Action.RESET: self._reset,

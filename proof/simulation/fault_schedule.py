@@ -56,6 +56,9 @@ class FaultSchedule:
     outages: dict[Party, list[tuple[float, float]]] = field(default_factory=dict)
     outage_with: tuple[str, float] | None = None
     """A call, and for how many seconds its party is away from the moment it is first sent."""
+    route_outage_with: tuple[str, float] | None = None
+    """The same of this call's route alone."""
+    route_away_until: float | None = None
 
     @property
     def is_quiet(self) -> bool:
@@ -73,12 +76,21 @@ class FaultSchedule:
             self.outages[party] = [(self.timeline.now, end)]
             self.quiet_from, self.outage_with = max(self.quiet_from, end), None
         rng, latency = self.rng, self.rng.choice(LATENCIES)
+        if self._is_route_away(name):
+            return self._during_outage(latency)
         if not self.is_quiet:
             if self.is_away(party):
                 return self._during_outage(latency)
             if rng.random() < self.call_faults:
                 return self._faulty(latency)
         return Attempt(acts_after=latency, answered_after=latency + rng.choice(LATENCIES))
+
+    def _is_route_away(self, name: str) -> bool:
+        if self.route_outage_with is None or self.route_outage_with[0] != name:
+            return False
+        if self.route_away_until is None:
+            self.route_away_until = self.timeline.now + self.route_outage_with[1]
+        return self.timeline.now < self.route_away_until
 
     def _during_outage(self, latency: float) -> Attempt:
         kind = self.rng.randrange(4)

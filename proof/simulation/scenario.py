@@ -57,6 +57,7 @@ class Action(StrEnum):
     BALANCE_RISES = "balance rises"
     BALANCE_FALLS = "balance falls"
     PAUSE = "pause"
+    LONG_KILL = "workers away for long"
     OLD_WRITE = "old write"
     WAIT_UNTIL_HELD = "wait until held"
     RESET = "reset"
@@ -131,13 +132,14 @@ class Scenario:
 
     @property
     def is_paused(self) -> bool:
-        return any(action == Action.PAUSE for _, action in self.actions.drawn)
+        return any(action in (Action.PAUSE, Action.LONG_KILL) for _, action in self.actions.drawn)
 
     @property
     def is_easy_on_credits(self) -> bool:
         """Whether nothing keeps a hold from being renewed in time."""
         faults, falls = self.faults, any(action == Action.BALANCE_FALLS for _, action in self.actions.drawn)
-        has_faults = faults.call_faults or faults.outages or faults.outage_with or faults.slow_tasks
+        has_faults = bool(faults.call_faults or faults.outages or faults.outage_with or faults.slow_tasks)
+        has_faults |= faults.route_outage_with is not None
         is_reachable = not (has_faults or self.is_paused)
         return is_reachable and self.credits.balance == PLENTY and not falls
 
@@ -227,6 +229,19 @@ def _add_troubles(newest: random.Random, scenario: Scenario) -> None:
         terms = scenario.comfyui
         terms.flickers, terms.flickers_at = newest.choice(list(Flicker)), newest.choice((1, 1, 2, 3))
         terms.flickers_for = newest.choice((30.0, 300.0, 1_200.0))
+    if newest.random() < 0.1:
+        scenario.credits.lag_seconds = newest.choice((400.0, 590.0))
+    if scenario.is_image and newest.random() < 0.02:
+        scenario.job_price_offset = scenario.credits.price_offset = -1_000_000
+    faults = scenario.faults
+    if faults.outage_with is None and newest.random() < 0.04:
+        faults.outage_with = (newest.choice(_CALLS), newest.choice((2_400, 5_000)))
+    if newest.random() < 0.06:
+        faults.route_outage_with = (newest.choice(_CALLS), newest.choice((60, 600, 2_400, 5_000)))
+    if newest.random() < 0.04:
+        acts = scenario.actions
+        acts.at_step = sorted([*acts.at_step, (newest.randrange(60), Action.LONG_KILL)], reverse=True)
+        acts.drawn = tuple(acts.at_step)
 
 
 def _ask_for_several(images: int, scenario: Scenario) -> None:
