@@ -21,6 +21,8 @@ def check_events(task: FinishedTask, findings: Findings) -> None:
     row, kinds = task.row, [event.event for event in task.events]
     seqs = [event.seq for event in task.events if isinstance(event, TaskEvent)]
     findings.must(seqs == list(range(1, len(seqs) + 1)), Rule.BROKEN_EVENTS, f"the events have a gap: {seqs}")
+    times = [event.ts for event in task.events if isinstance(event, TaskEvent)]
+    findings.must(times == sorted(times), Rule.BROKEN_EVENTS, "the events' times do not rise with their numbers")
     if row is None:
         findings.must(not kinds, Rule.BROKEN_EVENTS, f"there are events and no row: {kinds}")
         return

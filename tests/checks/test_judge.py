@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,6 +166,12 @@ def test_a_training_costs_its_last_jobs_hours_and_those_resumed_from(taken: int,
         events=kept,
     )
     assert (broken(judged) == set()) is is_right
+
+
+def test_events_whose_times_do_not_rise_are_found() -> None:
+    kept = events()
+    kept[2] = kept[2].model_copy(update={"ts": NOW - timedelta(seconds=1)})
+    assert broken(task(events=kept)) == {Rule.BROKEN_EVENTS}
 
 
 def test_a_charge_for_nothing_is_found() -> None:
