@@ -23,6 +23,10 @@ SETUP_OF: Final = {
 LAST_BACKOFF: Final = 30.0
 """Seconds: no try begins that would be later than the limit."""
 UNREADABLE_FOR: Final = 900.0
+LAST_ANSWER: Final = 10.0
+"""Seconds that a timeout waits for a last poll's answer."""
+SURELY: Final = 200.0
+"""Seconds within which a waiting run has surely been activated."""
 LEAST_PAUSE: Final = 9.99
 """Seconds between two polls of a job: a 404 counts once more after ten."""
 
@@ -94,6 +98,8 @@ class JobRules:
         must(
             waited >= pauses[earlier.n - 1] - SLACK, f"the next job after {waited:g} s, right is", pauses[earlier.n - 1]
         )
+        is_late = self._world.scenario.is_easy_on_credits and waited > pauses[earlier.n - 1] + SURELY
+        must(not is_late, f"the next job only after {waited:g} s, right is", pauses[earlier.n - 1])
 
     def _ended_at(self, attempt: Attempt) -> float | None:
         """When the run learned of an end that may be retried: the job's own, or that it is lost."""
@@ -128,6 +134,18 @@ class JobRules:
                     continue
                 pause = later.scheduled_at - earlier.resolved_at
                 must(pause >= LEAST_PAUSE, f"{job_id} was polled again after {pause:g} s")
+
+    def check_in_time(self, ended_at: float) -> None:
+        """The wait for a job ends with its time, and the next job begins when its pause is over."""
+        witness, attempt = self._world.witness, self._world.witness.attempt
+        if attempt is None or self._world.scenario.is_paused or attempt.accepted is None:
+            return
+        ends = [call.scheduled_at for name in ("commit", "charge", "look") for call in witness.calls.get(name, ())]
+        ends += [report.at for report in witness.reports_of(attempt.job_id) if report.state.has_succeeded()]
+        at = min([*ends, self._cancelled.get(attempt.job_id or "", ended_at), ended_at])
+        # Until the first hold is granted only its own call's limit counts, and what was delivered by then counts.
+        latest = max(*self._holds.deadlines(at), self._holds.followed_since(attempt)) + LAST_ANSWER + SURELY
+        must(at <= latest, f"the task went on for {at - latest:g} s after its time was over")
 
     def check_end(self) -> None:
         attempts = list(self._world.witness.attempts.values())

@@ -13,8 +13,10 @@ a hold that could not be cancelled ends by expiry, a job that could not be stopp
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
+from comfyui_temporal.contracts.calls import Post
 from comfyui_temporal.contracts.comfyui import JobStatus, TrainingStage
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.start_answer import Reached, StartAnswer
@@ -39,7 +41,7 @@ from proof.simulation.invariants import World, must
 from proof.simulation.job_rules import JobRules
 from proof.simulation.parties import Parties
 from proof.simulation.price_rules import Prices
-from proof.simulation.record_rules import RecordRules
+from proof.simulation.record_rules import RecordRules, _stage
 from proof.simulation.scenario import PLENTY, Scenario
 from proof.simulation.sdk import WorkflowActivationJob
 from proof.simulation.server import Server
@@ -59,6 +61,13 @@ _OPENING: Final = frozenset(
         *("cancel_job", "cancel_training", "look"),
     }
 )
+
+
+_STEPS: Final = {
+    **{"submit_job": "submit", "create_training": "submit", "cancel_hold": "cancel"},
+    **{name: name for name in ("estimate", "pre_deduct", "commit", "charge")},
+}
+"""Call → the step in its key."""
 
 
 class Oracle:
@@ -124,6 +133,23 @@ class Oracle:
             )
         if self._server.closed is not None:
             self._ended()
+        elif self._scenario.is_easy_on_credits:
+            self._check_covered()
+
+    def _check_covered(self) -> None:
+        """While a job works a hold is open, from the first one until something ends the task or cancels it."""
+        calls = self._server.witness.calls
+        is_over = any(calls.get(name) for name in ("commit", "charge", "look")) or self._server.witness.refusals(
+            "pre_deduct"
+        )
+        current = self._works[list(self._works)[-1]] if self._works else None
+        if is_over or current is None or not current.is_started or not current.runs or not self._holds.granted():
+            return
+        newest = self._holds.granted()[-1].pre_deduct_id
+        cancels = calls.get("cancel_hold", ())
+        is_undone = any(call.argument.body.pre_deduct_id == newest for call in cancels)
+        by_operator = any(hold.is_cancelled_by_operator for hold in self._parties.credits.holds)
+        must(is_undone or by_operator or self._holds_stand(), "a job works, and no hold is open:", self._server.now)
 
     def _after_step_of_reset(self, holds: list[Hold]) -> None:
         """After a reset a key may be repeated with another body, and its effect may exist twice for a while."""
@@ -160,6 +186,7 @@ class Oracle:
 
     def call_scheduled(self, call: Call) -> None:
         """Once a cancel was seen nothing new is begun; earlier calls may be repeated, to undo them."""
+        self._check_key(call)
         if self._world.is_reset:
             return
         key = str(getattr(call.argument, "key", ""))
@@ -178,6 +205,14 @@ class Oracle:
             self._holds.started(call)
         elif call.name == "charge":
             self._charge_is_due()
+
+    def _check_key(self, call: Call) -> None:
+        """Contract §2, §4: `{task_id}:{step}:{n}`; what another life made has its name or life in `n`."""
+        if not isinstance(call.argument, Post):
+            return
+        step, key = _STEPS[call.name], call.argument.key
+        form = rf"{self._scenario.task.task_id}:{step}:(\d+|forgotten:[\w-]+|doubled-\d+)(:\d+)?"
+        must(re.fullmatch(form, key) is not None, "a key of another form:", call.name, key)
 
     def _charge_is_due(self) -> None:
         """A charge without a hold is allowed only where the hold expired, or for the shortfall where policy says so."""
@@ -228,10 +263,22 @@ class Oracle:
             return
         model = ImageProgress if self._scenario.is_image else TrainingProgress
         [progress] = CONVERTER.from_payloads([answer], [model])
+        self._check_shown(progress)
         at = (progress.attempts, progress.stage)
         must(progress.progress >= self._shown.get(at, 0.0), "the query's progress went back:", *at, progress.progress)
         must(progress.attempts >= self._shown_attempt, "the query's attempt went back:", progress.attempts)
         self._shown[at], self._shown_attempt = progress.progress, progress.attempts
+
+    def _check_shown(self, progress: ImageProgress | TrainingProgress) -> None:
+        """Stage and ETA are those of a state that the job had."""
+        job_id = progress.job_id
+        if job_id is None or job_id not in self._works or progress.stage is None:
+            return
+        states = [state for (of_job, _), state in self._world.jobs.published.items() if of_job == job_id]
+        stages = {None, "queued", *(_stage(state) for state in states)}
+        must(progress.stage in stages, "the query shows a stage that the job never had:", progress.stage)
+        etas = {None, *(state.next_eta for state in states)}
+        must(progress.next_eta in etas, "the query shows an ETA that the job never had:", progress.next_eta)
 
     # Once it has ended
 
@@ -273,6 +320,7 @@ class Oracle:
         self._check_cancels(closed.how)
         self._jobs.check_end()
         self._jobs.check_polls()
+        self._jobs.check_in_time(self._parties.store.events[-1].ts.timestamp())
         self._settlement.check(charged, row.credits)
         ended_at = self._parties.store.events[-1].ts.timestamp()
         self._record.check_end(ended_at)
