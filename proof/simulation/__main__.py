@@ -46,6 +46,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--profile", choices=PROFILES, default="contract", help="whose credits service (contract)")
     parser.add_argument("--resets", type=float, default=RESETS, help="how likely a run is reset (%(default)g)")
     parser.add_argument("--signals", action="store_true", help="every callback a signal: no tick takes the short way")
+    parser.add_argument("--without-troubles", action="store_true", help="seeds as they were before those were drawn")
     parser.add_argument("--seed", type=int, help="play this one and print all that happens")
     parser.add_argument("--mutant", choices=MUTANTS, help="put this mistake back first; only with --seed")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at once (one for each processor)")
@@ -55,7 +56,7 @@ def _options() -> argparse.Namespace:
 
 def _one(seed: int, kind: str, options: argparse.Namespace) -> int:
     with MUTANTS[options.mutant].put_back() if options.mutant else nullcontext():
-        played = partial(play, short_way=not options.signals, is_traced=True)
+        played = partial(play, short_way=not options.signals, troubles=not options.without_troubles, is_traced=True)
         outcome = played(seed, kind, profile=options.profile, resets=options.resets)
     print("\n".join(outcome.trace))
     print(f"{kind} {seed}: {outcome.problem or outcome.end}")
@@ -87,7 +88,8 @@ def _quiet() -> None:
 
 def _played(processes: ProcessPoolExecutor, seeds: range, kind: str, options: argparse.Namespace) -> Iterator[Outcome]:
     chunks = [seeds[at : at + AT_ONCE] for at in range(0, len(seeds), AT_ONCE)]
-    play_one = partial(play, kind=kind, profile=options.profile, resets=options.resets, short_way=not options.signals)
+    way = {"short_way": not options.signals, "troubles": not options.without_troubles}
+    play_one = partial(play, kind=kind, profile=options.profile, resets=options.resets, **way)
     play_some = partial(_play_all, play_one)
     for outcomes in processes.map(play_some, chunks):
         yield from outcomes
@@ -105,7 +107,8 @@ def _print(
     print("  ends: " + ", ".join(f"{end} {count}" for end, count in ends.most_common()))
     print("  " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     for outcome in failed:
-        print(f"  replay: {outcome.command(options.profile, options.resets, short_way=not options.signals)}")
+        way = {"short_way": not options.signals, "troubles": not options.without_troubles}
+        print(f"  replay: {outcome.command(options.profile, options.resets, **way)}")
 
 
 if __name__ == "__main__":

@@ -168,8 +168,9 @@ def drawn(
     *,
     profile: str,
     resets: float,
+    troubles: bool = True,
 ) -> Scenario:
-    """The scenario of these generators' seed.
+    """The scenario of these generators' seed. Without `troubles` it is as it was before they were drawn.
 
     `more` is for what was added later, `newest` for what came after that, so that older draws stay the same.
     """
@@ -203,6 +204,8 @@ def drawn(
         scenario.credits.tells_kinds = False
         scenario.credits.acts_and_fails = more.random() < 0.3
     _add_newest(newest, scenario)
+    if troubles:
+        _add_troubles(newest, scenario)
     return scenario
 
 
@@ -220,7 +223,6 @@ def _add_newest(newest: random.Random, scenario: Scenario) -> None:
     if scenario.is_image and newest.random() < 0.2:
         _ask_for_several(newest.choice((2, 4, 16)), scenario)
     scenario.credits.refuses_cancels = _rarely(newest, 0.05, lambda: newest.choice((1, 1, 2, 100)), 0)
-    _add_troubles(newest, scenario)
 
 
 def _add_troubles(newest: random.Random, scenario: Scenario) -> None:

@@ -50,9 +50,10 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
     trace: list[str] = field(default_factory=list)
 
-    def command(self, profile: str, resets: float, *, short_way: bool = True) -> str:
+    def command(self, profile: str, resets: float, *, short_way: bool = True, troubles: bool = True) -> str:
         """What plays this seed again."""
         given = f" --profile {profile} --resets {resets:g}" + ("" if short_way else " --signals")
+        given += "" if troubles else " --without-troubles"
         return f"python -m proof.simulation --kind {self.kind} --seed {self.seed}{given}"
 
 
@@ -67,10 +68,13 @@ def play(
     profile: str = "contract",
     resets: float = RESETS,
     short_way: bool = True,
+    troubles: bool = True,
     is_traced: bool = False,
 ) -> Outcome:
-    """Run one schedule to its end. Without `short_way` each callback is a signal."""
-    schedule = Schedule(seed, kind, profile=profile, resets=resets, short_way=short_way, is_traced=is_traced)
+    """Run one schedule to its end. Without `short_way` each callback is a signal; `troubles`: see `drawn`."""
+    schedule = Schedule(
+        seed, kind, profile=profile, resets=resets, short_way=short_way, troubles=troubles, is_traced=is_traced
+    )
     outcome = Outcome(seed, kind)
     try:
         with warnings.catch_warnings(action="ignore"):  # the oracle sees what temporalio warns about
@@ -89,13 +93,25 @@ def play(
 class Schedule:
     """The world of one seed."""
 
-    def __init__(self, seed: int, kind: str, *, profile: str, resets: float, short_way: bool, is_traced: bool) -> None:
+    def __init__(
+        self,
+        seed: int,
+        kind: str,
+        *,
+        profile: str,
+        resets: float,
+        short_way: bool,
+        troubles: bool,
+        is_traced: bool,
+    ) -> None:
         self.rng = rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seed that repeats the schedule is wanted
         self.timeline = timeline = Timeline(rng)
         self.trace = Trace(timeline, is_wanted=is_traced)
         more = random.Random(f"{kind} {seed} more")  # noqa: S311
         newest = random.Random(f"{kind} {seed} newest")  # noqa: S311
-        self.scenario = scenario = drawn(rng, more, newest, timeline, kind, profile=profile, resets=resets)
+        self.scenario = scenario = drawn(
+            rng, more, newest, timeline, kind, profile=profile, resets=resets, troubles=troubles
+        )
         scenario.policy.short_way = short_way
         self.trace("%s", scenario)
         self.parties = self._parties(scenario)
