@@ -265,6 +265,7 @@ class RecordRules:
         terms = self._world.parties.credits.terms
         may_be_late = terms.lag_seconds > 0 or self._world.is_reset
         looks = self._world.witness.calls.get("ledger", ())
+        may_be_late |= self._settlement.is_unknown  # one of the holds shown may be the task's own
         may_be_late |= any(look.outcome is None for look in looks if look.resolved_at is not None)
         return exception.key == HOLD_OUT_OF_SIGHT and may_be_late
 
