@@ -266,7 +266,7 @@ class RecordRules:
         may_be_late = terms.lag_seconds > 0 or self._world.is_reset
         looks = self._world.witness.calls.get("ledger", ())
         may_be_late |= self._settlement.is_unknown  # one of the holds shown may be the task's own
-        may_be_late |= any(look.outcome is None for look in looks if look.resolved_at is not None)
+        may_be_late |= any(look.outcome is None or look.attempt > 1 for look in looks if look.resolved_at is not None)
         return exception.key == HOLD_OUT_OF_SIGHT and may_be_late
 
     def _was_not_given_back(self) -> bool:
