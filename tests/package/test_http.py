@@ -95,7 +95,7 @@ async def test_every_problem_of_the_gateway_is_one_typed_error(code: ProblemCode
     assert raised.value.code == code.value
 
 
-@pytest.mark.parametrize("code", [*CREDITS_REFUSED, *INPUT_REFUSED, *ID_REFUSED])
+@pytest.mark.parametrize("code", sorted(CREDITS_REFUSED | INPUT_REFUSED | ID_REFUSED))
 async def test_a_start_that_waits_is_refused_alike_by_temporal(code: FailureCode) -> None:
     problem = Problem(ProblemCode(code), "A sentence.").response()
     status = httpx.codes.PAYMENT_REQUIRED if code in CREDITS_REFUSED else problem.status_code
