@@ -20,7 +20,6 @@ from comfyui_temporal import (
     TaskOver,
     TaskStatus,
     TemporalUnavailable,
-    Unavailable,
     UnexpectedReply,
     UnknownTask,
     WorkerUnavailable,
@@ -31,7 +30,6 @@ from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.start_answer import CREDITS_REFUSED, ID_REFUSED, INPUT_REFUSED
 from gateway.problems import Problem, ProblemCode, input_invalid
 from tests.cable import Cable
-from tests.conftest import unique
 from tests.package.conftest import STRANGER
 from tests.workflows.platform import CALLERS, Platform
 
@@ -233,13 +231,3 @@ async def test_a_request_that_is_no_http_is_not_quoted() -> None:
         with pytest.raises(GatewayUnavailable) as refused:
             await tasks.show("task-1")
     assert "SECRET" not in str(refused.value)
-
-
-async def test_a_task_that_no_worker_takes_is_unavailable_not_unknown(whole: Platform, token: str) -> None:
-    """Its run has been started, but has not claimed its id: the gateway has no events of it yet."""
-    task = ImageTask.model_validate(whole.image())
-    async with HttpTasks(whole.gateway_url, token, patience_seconds=0) as tasks:
-        waiting = await start_task(whole.client, task, task_queue=unique("queue"))
-        with pytest.raises(Unavailable, match="No worker"):
-            await anext(tasks.follow(task.task_id))
-        await waiting.handle.terminate()

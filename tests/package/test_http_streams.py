@@ -21,6 +21,7 @@ from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.task_events import EventType, Heartbeat, TaskEvent
 from comfyui_temporal.contracts.tasks_api import TaskDetail
 from gateway.app import create_app
+from gateway.problems import Problem, ProblemCode
 from gateway.streams_hub import EventHub
 from store import TaskStore
 from tests.conftest import unique
@@ -190,6 +191,21 @@ async def test_the_end_of_a_task_that_no_worker_took_is_said(whole: Platform, to
         assert last.status is TaskStatus.FAILED
         assert last.error_details is not None and last.error_details.code == "terminated"
         assert (await early).code == "terminated"
+
+
+async def test_a_task_that_an_older_gateways_streams_do_not_know_yet_is_unavailable_not_unknown() -> None:
+    """Its run has been started, but has not claimed its id: older gateways answer 404 for its stream until then."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/stream/sse"):
+            problem = Problem(ProblemCode.TASK_UNKNOWN, "There is no such task.").response()
+            return httpx.Response(problem.status_code, content=bytes(problem.body))
+        return httpx.Response(200, content=view(TaskStatus.QUEUED).model_dump_json())
+
+    gateway = httpx.MockTransport(answer)
+    async with HttpTasks("http://gateway.test", "token", transport=gateway, patience_seconds=0) as tasks:
+        with pytest.raises(GatewayUnavailable, match="No worker"):
+            await anext(tasks.follow("task-1"))
 
 
 async def test_the_end_of_a_task_without_events_is_said_though_its_stream_stays_open() -> None:

@@ -341,7 +341,10 @@ async def test_every_activity_has_its_tasks_priority_and_tenant(
         if (attributes := event.activity_task_scheduled_event_attributes).activity_type.name
     }
     calls = {"submit_job"} if scene == "image" else {"snapshot", "create_training", "start_training", "delete_snapshot"}
-    assert priorities == {(name, key, "tenant-demo") for name in calls | {"pre_deduct", "commit"}}
+    # A slow machine makes a local call an activity too: more may be scheduled, but all with this priority.
+    names = {name for name, _, _ in priorities}
+    assert names >= calls | {"pre_deduct", "commit"}
+    assert priorities == {(name, key, "tenant-demo") for name in names}
 
 
 @pytest_asyncio.fixture
