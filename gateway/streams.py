@@ -218,8 +218,9 @@ def _position_in(head: TaskHead, seq: int) -> int:
     """Where a stream of the task continues after `seq`.
 
     A restored store may have fewer events than were sent: then at the newest that it has, and at least with the end.
+    A task that ended without a row has no event at all.
     """
-    return seq if seq <= head.last_seq else head.last_seq - head.has_ended
+    return seq if seq <= head.last_seq else max(0, head.last_seq - head.has_ended)
 
 
 def requested_tasks(task_id: str | None, subscribe: str | None) -> tuple[list[str], bool]:

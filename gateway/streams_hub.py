@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from itertools import count
 from types import MappingProxyType
@@ -43,6 +43,8 @@ READERS: Final = 3
 """Streams that read history concurrently: the pool serves others too."""
 STORE_RETRY_SECONDS: Final = 0.25
 MAX_STRANGERS: Final = 10_000
+WAITING_SECONDS: Final = 60.0
+"""How long a stream watches a task without a row before it has to be opened again: its run may have ended so."""
 ENDED_KEPT_SECONDS: Final = 120.0
 """How long an ended task of a watched tenant is remembered, so that it is not mistaken for a new task."""
 
@@ -62,12 +64,23 @@ def _sending_of(event: StoredEvent, streams: int) -> AbstractContextManager[obje
 class Feed:
     """A task that at least one stream watches."""
 
-    __slots__ = ("ended_at", "is_claimed", "last_seq", "notified_seq", "subscribers", "task_id", "tenant_id", "user_id")
+    __slots__ = (
+        "began_at",
+        "ended_at",
+        "is_claimed",
+        "last_seq",
+        "notified_seq",
+        "subscribers",
+        "task_id",
+        "tenant_id",
+        "user_id",
+    )
 
     def __init__(self, head: TaskHead, *, last_seq: int) -> None:
         self.task_id = head.task_id
         self.tenant_id = head.tenant_id
         self.user_id = head.user_id
+        self.began_at = time.monotonic()
         self.is_claimed = head.last_seq > 0
         """Whether the task has a row. Until then nothing says that the next events of its id are of the same tenant."""
         self.last_seq = last_seq
@@ -134,7 +147,8 @@ class EventHub:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        parts = (self._listener.run(), self._read_news(), self._sweep(), self._keep_time(), self._drain())
+        lasting = (self._read_news, self._sweep, self._keep_time)
+        parts = (self._listener.run(), self._drain(), *(self._going_on(part) for part in lasting))
         tasks = [asyncio.create_task(part) for part in parts]
         try:
             yield
@@ -269,6 +283,16 @@ class EventHub:
             self._unknown[task_id] = None
             self._news.set()
 
+    async def _going_on(self, part: Callable[[], Awaitable[None]]) -> None:
+        """Every stream of the process needs it: one defect must not end it for all."""
+        while True:
+            try:
+                await part()
+            except Exception:
+                log.exception("streams_part_failed", part=part.__name__)
+                self._news.set()
+                await asyncio.sleep(1)
+
     def _has_news(self, feed: Feed, seq: int) -> None:
         feed.notified_seq = max(feed.notified_seq, seq)
         if feed.notified_seq > feed.last_seq:
@@ -401,9 +425,19 @@ class EventHub:
                     self._go_back(feed, head)
                 elif feed is not None:
                     self._goes_on(feed, head)
+            self._look_again(given.keys() - heads.keys())
         for tenant_id in list(self._tenants):
             for head in await self._store.recent_heads(tenant_id):
                 self._begin(head)
+
+    def _look_again(self, without_row: Iterable[str]) -> None:
+        """Let streams be opened again that wait for a row: the store cannot say that a run ended without one."""
+        for task_id in without_row:
+            feed = self._feeds.get(task_id)
+            if feed is not None and not feed.is_claimed and time.monotonic() > feed.began_at + WAITING_SECONDS:
+                for subscriber in list(feed.subscribers):
+                    self._end(subscriber, EndReason.UNAVAILABLE)
+                del self._feeds[task_id]
 
     def _go_back(self, feed: Feed, head: TaskHead) -> None:
         """The store was restored and has fewer events than were given: those that come have numbers that were used.
@@ -433,4 +467,8 @@ class EventHub:
                 for subscriber in [subscriber for subscriber in beat if subscriber.expires_at <= now]:
                     self._end(subscriber, EndReason.EXPIRED)
             for subscriber in list(self._beats[second % len(self._beats)]):
-                subscriber.beat()
+                try:
+                    subscriber.beat()
+                except Exception:
+                    log.exception("heartbeat_failed", tenant_id=subscriber.tenant_id)
+                    self._end(subscriber, EndReason.UNAVAILABLE)

@@ -6,12 +6,16 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from temporalio.testing import WorkflowEnvironment
 from websockets.asyncio.client import connect
 
+from comfyui_temporal.contracts.tasks import workflow_id_of
+from gateway.streams_cursors import cursor_of
+from gateway.streams_hub import EventHub
 from store import TaskStore
 from tests.conftest import unique
 from tests.gateway.conftest import DEMO_TOKEN, OTHER_TOKEN
@@ -94,6 +98,40 @@ async def test_a_task_id_that_another_tenant_claims_first_shows_nothing_of_it(
             await reader.until_ended()
         assert reader.events == []
         assert await status(gateway, f"/stream/sse?task_id={task_id}") == 404
+
+
+async def test_a_stream_of_tasks_that_ended_without_a_row_is_over_and_disturbs_no_other(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rows were lost, with the store or to a purge: the cursor is beyond all that is left of them."""
+    monkeypatch.setattr("gateway.app.EventHub", partial(EventHub, heartbeat_seconds=1))
+    async with served(temporal_env.client, task_store, task_queue=unique("nobody")) as gateway:
+        gone = [await accepted(gateway) for _ in range(2)]
+        for task_id in gone:
+            await temporal_env.client.get_workflow_handle(workflow_id_of(task_id)).terminate()
+        cursor = cursor_of(dict.fromkeys(gone, 3))
+        paths = [f"/stream/sse?subscribe={','.join(gone)}&last_event_id={cursor}"]
+        paths.append(f"/stream/sse?task_id={gone[0]}&last_event_id={cursor_of({gone[0]: 3})}")
+        for path in paths:
+            assert await status(gateway, path) == 204
+
+
+async def test_a_stream_ends_where_the_run_of_its_task_ended_without_a_row(
+    temporal_env: WorkflowEnvironment, task_store: TaskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.streams_hub.WAITING_SECONDS", 1.0)
+    async with served(temporal_env.client, task_store, task_queue=unique("nobody")) as gateway:
+        task_id = await accepted(gateway)
+        path = f"/stream/sse?task_id={task_id}"
+        async with opened(gateway, path) as reader:
+            await temporal_env.client.get_workflow_handle(workflow_id_of(task_id)).terminate()
+            await reader.until_ended()
+        assert reader.events == []
+        await until(lambda: is_over(gateway, path))
+
+
+async def is_over(gateway: Gateway, path: str) -> bool:
+    return await status(gateway, path) == 204
 
 
 @pytest.mark.parametrize("known", ["with a row", "without a row"])
