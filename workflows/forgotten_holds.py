@@ -215,11 +215,14 @@ class ForgottenHolds:
         return True
 
     def _record_unknown(self) -> None:
+        # While the task runs it has no price yet. The record that its end writes has one, under a key of its own.
+        is_at_end = self._ends.price is not None
         self._record.record_exception(
-            "settlement_unknown",
+            "settlement_unknown" if is_at_end else "settlement_unknown:reset",
             ExceptionCode.SETTLEMENT_UNKNOWN,
-            "The task's run was reset, and the ledger does not show how every hold ended. Nothing more is charged, and "
-            "the ledger is read again hourly for a day.",
+            "The task's run was reset, and the ledger does not show how every hold ended. "
+            + ("Nothing more is charged, and the" if is_at_end else "The")
+            + " ledger is read again hourly for a day.",
             **self._ends.price_details,
         )
 

@@ -106,7 +106,8 @@ async def test_the_rest_of_the_price_of_a_completed_task_is_its_shortfall(
     await store.claim(claim_of(task_id))
     unknown = TaskException(key="settlement_unknown", code="settlement_unknown", message="", ts=at)
     write = write_of(task_id, end(status=status), status=status, credits=UNKNOWN)
-    records = [unknown.model_copy(update={"details": {"cost": 10, "price": 30}})]
+    early = unknown.model_copy(update={"key": "settlement_unknown:reset"})  # before the task had a price
+    records = [early, unknown.model_copy(update={"details": {"cost": 10, "price": 30}})]
     await store.write(write.model_copy(update={"exceptions": records}))
     await store.settle_by_hand(found(task_id, charged=charged, returned=0))
     row = await store.task(task_id)
