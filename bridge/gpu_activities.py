@@ -198,7 +198,7 @@ class GpuActivities:
                         on_unknown=lambda: self._stop_unwanted(run, prompt),
                         left=lambda: [_failed_run(prompt, is_over=prompt.was_interrupted)],
                     )
-                await self._judge(run, outcome, time.monotonic() - began)
+                await self._judge(run, outcome, time.monotonic() - began, is_whole=not prompt.was_found)
             except RunFailure as failure:
                 await self._learn_from(failure)
                 log.warning("run_failed", kind=type(failure).__name__, reason=str(failure))
@@ -258,8 +258,11 @@ class GpuActivities:
             with suppress(ServerError):
                 await self._fitness.refresh()
 
-    async def _judge(self, run: GraphRun, outcome: GraphOutcome, seconds: float) -> None:
-        """Whether a failure is more likely the server's. Raises ServerSick, ServerUnfit."""
+    async def _judge(self, run: GraphRun, outcome: GraphOutcome, seconds: float, *, is_whole: bool) -> None:
+        """Whether a failure is more likely the server's. Raises ServerSick, ServerUnfit.
+
+        `is_whole`: the run began within these `seconds`.
+        """
         template_id, error = run.graph.template_id, outcome.error
         if error is not None and error.code == FailureCode.WORKFLOW_INVALID:
             with suppress(ServerError):
@@ -268,7 +271,7 @@ class GpuActivities:
                 raise ServerUnfit(error.message, error=error)
         # By the server's clock a run that succeeded may have taken any time: it may have been set meanwhile.
         ran_seconds = outcome.seconds or seconds if error is not None else min(outcome.seconds or seconds, seconds)
-        reason = self._slot.health.ran(run.task_id, run.tenant_id, outcome, ran_seconds)
+        reason = self._slot.health.ran(run.task_id, run.tenant_id, outcome, ran_seconds, is_whole=is_whole)
         if reason is not None:
             raise ServerSick(reason, error=outcome.error, is_over=True)
         if error is None:

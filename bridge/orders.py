@@ -157,6 +157,8 @@ class GraphOutcome(OwnModel):
     percent: int = 0
     loss: float | None = None
     """The last loss in a training's log, if the server offers its log."""
+    was_found: bool = False
+    """The server knew the prompt at the first look-up, and no attempt of this call had sent it."""
 
 
 class ServerTaken(OwnModel):

@@ -12,7 +12,7 @@ import dataclasses
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -149,6 +149,8 @@ class Placement:
         """Task queue of a server → what the job left there."""
         self._unended: dict[str, set[str]] = {}
         """Task queue of a server → prompts whose end was not seen there: it may still run them."""
+        self._first_given: dict[tuple[str, str], datetime] = {}
+        """(Task queue of a server, prompt) → when this workflow first gave it to that server."""
 
     def prompt_id(self) -> str:
         """The id of the next prompt."""
@@ -316,7 +318,9 @@ class Placement:
             raise
 
     async def _run_on(self, taken: ServerTaken, graph_run: GraphRun, on_end: Callable[[], None]) -> GraphOutcome:
-        began = workflow.now()
+        given = (taken.task_queue, graph_run.prompt_id)
+        is_first = given not in self._first_given
+        began = self._first_given.setdefault(given, workflow.now())
         try:
             outcome: GraphOutcome = await workflow.execute_activity(
                 RUN_GRAPH,
@@ -340,6 +344,9 @@ class Placement:
             on_end()
         if outcome.error is not None:
             raise RunRefused(outcome.error)
+        if outcome.was_found and is_first:
+            # It began before the workflow was reset: its time is not this workflow's to measure.
+            return outcome
         # The server measures by its clock, which may be set meanwhile. GPU hours are billed.
         longest = (workflow.now() - began).total_seconds()
         if outcome.seconds > longest and workflow.patched("no-longer-than-its-run"):
@@ -433,6 +440,7 @@ class Placement:
         """Begin the next part of the work: its prompts have their own ids, and its progress restarts at 0."""
         self._part = part
         self.percent = 0
+        self._first_given.clear()
 
     def _moving_failure(self, error: ActivityError, taken: ServerTaken) -> FailedRun | None:
         """The failure after which the job moves to another server; None if the worker just stopped.

@@ -133,6 +133,8 @@ class PromptRun:
         self._idle_since: float | None = None
         self._is_submitting = was_sent
         self.was_sent = was_sent
+        self.was_found = False
+        """The server knew the prompt at the first look-up: this attempt did not see it begin."""
         self.was_interrupted = False
         """`stop` ended it in mid-run: under its id it will never have a result."""
 
@@ -153,6 +155,7 @@ class PromptRun:
     async def finish(self) -> GraphOutcome:
         """Submit the prompt unless it is known already, and follow it to its end. Raises RunFailure."""
         found = await self._look_up()
+        self.was_found = found.state is not PromptState.UNKNOWN
         async with self._server.follow(self._run.prompt_id, self._receive):
             if found.state is PromptState.UNKNOWN:
                 if self.was_sent and await self._is_still_unknown():
@@ -336,7 +339,14 @@ class PromptRun:
             error = error or self._too_few(files)
         if error is not None:
             files, result = [], replace(result, texts=[])
-        return GraphOutcome(files=files, texts=result.texts, error=error, seconds=result.seconds, percent=self.percent)
+        return GraphOutcome(
+            files=files,
+            texts=result.texts,
+            error=error,
+            seconds=result.seconds,
+            percent=self.percent,
+            was_found=self.was_found and not self.was_sent,
+        )
 
     def _half_result(self, empty_nodes: Sequence[str]) -> ErrorDetails | None:
         """The error of a run that succeeded without some of its results: they were asked for, and are all paid for."""

@@ -88,11 +88,17 @@ class ServerHealth:
             self._wait_before_probe(at_most_first=are_one_tenants)
         self.on_change()
 
-    def ran(self, task_id: str, tenant_id: str, outcome: GraphOutcome, seconds: float) -> str | None:
-        """A run ended after `seconds`. Returns why this makes the server sick, or None."""
+    def ran(
+        self, task_id: str, tenant_id: str, outcome: GraphOutcome, seconds: float, *, is_whole: bool = True
+    ) -> str | None:
+        """A run ended after `seconds`. Returns why this makes the server sick, or None.
+
+        `is_whole`: it was seen from its beginning. Otherwise a success does not show how fast a run can be.
+        """
         if outcome.error is None:
-            self._fastest = min(self._fastest, seconds) if self._has_succeeded else seconds
-            self._has_succeeded = True
+            if is_whole:
+                self._fastest = min(self._fastest, seconds) if self._has_succeeded else seconds
+                self._has_succeeded = True
             self._relapses = 0
             self._quick.clear()
             return None

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from bridge import placement, training_workflow
-from bridge.calls import CLEAN_SERVER, workflow_of
+from bridge.calls import CLEAN_SERVER, TAKE_SERVER, workflow_of
 from tests.bridge.native import NativeServer
 from tests.bridge.platform import CALLBACK_SECRET, SECRET, BridgePlatform
 from tests.bridge.test_cleaning import is_closed
@@ -115,6 +116,35 @@ async def test_a_chunk_that_a_training_has_left_is_stopped_when_its_worker_comes
     async with bridge.gpu(first, name=name):
         await bridge.until(partial(has_outcomes, first, "interrupted"))
         await bridge.until(partial(is_closed, bridge, training["training_id"]))
+
+
+async def test_a_chunk_that_ended_while_its_worker_was_away_counts_with_all_its_time(
+    bridge: BridgePlatform, native: NativeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (placement, training_workflow):
+        monkeypatch.setattr(module, "SERVER_AWAY", timedelta(seconds=1))
+    name = unique("gpu")
+    await native.admin.set(models=MODELS, hold=True)
+    async with gpu_process(bridge, native, name) as process:
+        training = (await created(bridge))["training_id"]
+        await post_action(bridge, training, "start")
+        await until_running(bridge, native)
+        began = time.monotonic()
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+    await bridge.until(partial(waits_for_a_server, bridge, training), seconds=60)
+    held_seconds = time.monotonic() - began
+    await native.admin.set(hold=False)
+    await bridge.until(partial(has_outcomes, native, "success"))
+    async with bridge.gpu(native, name=name):
+        state = await ended(bridge, training)
+    assert state["error_details"] is None, state
+    assert state["gpu_hours_used"] * 3600 >= held_seconds - 0.1
+
+
+async def waits_for_a_server(bridge: BridgePlatform, run_id: str) -> bool:
+    described = await bridge.client.get_workflow_handle(workflow_of(run_id)).describe()
+    return any(each.activity_type.name == TAKE_SERVER for each in described.raw_description.pending_activities)
 
 
 async def is_being_cleaned_up(bridge: BridgePlatform, job_id: str) -> bool:

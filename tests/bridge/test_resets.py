@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from functools import partial
 
 import pytest
@@ -94,6 +96,25 @@ async def test_a_running_job_that_is_reset_is_delivered_and_leaves_nothing_runni
     outcomes = [run.outcome for run in await native.admin.runs()]
     assert outcomes == (["interrupted", "success"] if call == TAKE_SERVER else ["success"])
     assert await history_of(bridge, native) == {}
+
+
+async def test_a_chunk_that_runs_while_its_training_is_reset_counts_with_all_its_time(
+    bridge: BridgePlatform, native: NativeServer
+) -> None:
+    await native.admin.set(models=MODELS, hold=True)
+    async with bridge.gpu(native):
+        training_id = (await created(bridge))["training_id"]
+        await post_action(bridge, training_id, "start")
+        await until_running(bridge, native)
+        began = time.monotonic()
+        await asyncio.sleep(5)  # Of the run's own time.
+        held_seconds = time.monotonic() - began
+        await reset_before(bridge, training_id, RUN_GRAPH)
+        await native.admin.set(hold=False)
+        state = await ended(bridge, training_id)
+    assert state["error_details"] is None, state
+    assert len(await native.admin.runs()) == 3
+    assert state["gpu_hours_used"] * 3600 >= held_seconds - 0.1
 
 
 @pytest.mark.parametrize("kind", ["job", "training"])

@@ -277,3 +277,12 @@ def test_jobs_that_fail_slowly_or_one_task_again_and_again_make_no_server_sick()
         assert health.ran(f"slow {number}", "tenant", failed, 20.0) is None
         assert health.ran(f"refused {number}", "tenant", refused, 0.1) is None
     assert health.problem is None
+
+
+def test_a_run_that_was_found_finished_does_not_show_how_fast_a_run_can_be() -> None:
+    failed = GraphOutcome(error=ErrorDetails(code="node_error", message="no"))
+    health = ServerHealth(MemoryServer())
+    assert health.ran("task", "tenant", GraphOutcome(), 20.0) is None
+    assert health.ran("task", "tenant", GraphOutcome(was_found=True), 0.01, is_whole=False) is None
+    reasons = [health.ran(unique("task"), "tenant", failed, 10.0) for _ in range(QUICK_FAILURES)]
+    assert reasons[-1] is not None
