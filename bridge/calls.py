@@ -60,7 +60,10 @@ class RunFailureType(StrEnum):
     GONE = "server_gone"
     DEAD = "server_dead"
     HANDED_BACK = "handed_back"
-    """The worker was stopped, or cannot use object storage now: the job waits for a server again."""
+    """The worker was stopped, or cannot use object storage now: the job waits for a server again.
+
+    It counts as a failed run only with an error: what the job needs cannot be read, though storage can be used.
+    """
     SICK = "server_sick"
     """The server takes no prompts, its GPU is broken, or it fails whatever it is given."""
     UNFIT = "server_unfit"

@@ -68,7 +68,7 @@ from bridge.result_copies import ResultCopies
 from bridge.server import FileParts, FileUse, PromptRefused, PromptState, Server, ServerError
 from bridge.slot import Slot
 from bridge.storage import STORAGE_ERRORS, Storage
-from bridge.storage_health import StorageAway, StorageHealth
+from bridge.storage_health import ObjectUnreadable, StorageAway, StorageHealth
 from bridge.task_files import FOLDER, foreign_files, is_left_by, saved_apart, shown
 from bridge.ticks import RunningJobs, Ticks
 from bridge.warm_up import WarmUps
@@ -77,6 +77,9 @@ from comfyui_temporal.contracts.errors import ErrorDetails, FailureCode
 STOP_AGAIN_SECONDS: Final = 0.2
 OTHERS_FIRST: Final = timedelta(seconds=20)
 """So long a server leaves a job that it failed to the other servers of its pool."""
+UNREADABLE: Final = ErrorDetails(
+    code=FailureCode.INTERNAL.value, message="A file that it needs cannot be read from storage.", retryable=True
+)
 _LOSS: Final = re.compile(r"loss=([0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]+)?)")
 _TYPES: Final[dict[type[RunFailure], RunFailureType]] = {
     PromptLost: RunFailureType.LOST,
@@ -174,7 +177,8 @@ class GpuActivities:
     async def run_graph(self, run: GraphRun) -> GraphOutcome:
         """Run one graph to its end. Raises ApplicationError of a `RunFailureType`, not retried on this server.
 
-        Where storage cannot be used for what the graph needs, the job is handed back.
+        Where storage cannot be used for what the graph needs, the job is handed back. If only what this graph needs
+        cannot be read, that counts as a failed run.
         """
         beat = _last_beat()
         ticks = Ticks(run, self._sender, self._jobs)
@@ -208,6 +212,10 @@ class GpuActivities:
                 # The server is free meanwhile, and the job waits where its task is given time.
                 await self._stop(prompt)
                 raise _handed_back(str(away), prompt) from None
+            except ObjectUnreadable as unreadable:
+                await self._stop(prompt)
+                log.warning("run_failed", kind=type(unreadable).__name__, reason=str(unreadable))
+                raise _handed_back(str(unreadable), prompt, error=UNREADABLE) from None
             if outcome.error is not None:
                 outcome = outcome.model_copy(update={"error": self._shown(outcome.error, run.job_id)})
             outcome = await self._with_loss(run, outcome)
@@ -336,7 +344,7 @@ class GpuActivities:
     async def _prepare(self, run: GraphRun) -> Mapping[str, Any]:
         """What the results need of the graph, with this server's models, images and checkpoint filled in.
 
-        Raises PromptRefused, StorageAway.
+        Raises PromptRefused, StorageAway, ObjectUnreadable.
         """
         graph = needed_part(json.loads(json.dumps(run.graph.graph)), run.graph.result_nodes)
         if run.run > 1:
@@ -362,7 +370,7 @@ class GpuActivities:
             raise PromptRefused(ErrorDetails(code=FailureCode.WORKFLOW_INVALID.value, message=message))
         if run.graph.lora_inputs:
             # After that check: these files are the tenant's, of no one task, and no request can name them.
-            with self._storage_health.used():
+            async with self._storage_health.used():
                 names = await self._loras.take(run.job_id, run.tenant_id, run.graph.loras)
             for place in run.graph.lora_inputs:
                 if place.node in graph:
@@ -374,11 +382,11 @@ class GpuActivities:
     ) -> str:
         """Send a file of the bridge's storage (its path, and what it is) to the server. Returns its name there.
 
-        Raises PromptRefused where it is gone, StorageAway.
+        Raises PromptRefused where it is gone, StorageAway, ObjectUnreadable.
         """
         path, what = stored
         try:
-            with self._storage_health.used():
+            async with self._storage_health.used():
                 content = FileParts(await self._storage.size_bytes(path), self._storage.read(path))
                 return await self._server.upload(name, content, content_type=content_type, folder=folder, use=use)
         except FileNotFoundError:
@@ -464,8 +472,8 @@ def _moving(failure: RunFailure, prompt: PromptRun) -> ApplicationError:
     return ApplicationError(str(failure), failed, type=_TYPES[type(failure)].value, non_retryable=True)
 
 
-def _handed_back(reason: str, prompt: PromptRun) -> ApplicationError:
-    failed = _failed_run(prompt, is_over=prompt.was_interrupted)
+def _handed_back(reason: str, prompt: PromptRun, error: ErrorDetails | None = None) -> ApplicationError:
+    failed = _failed_run(prompt, is_over=prompt.was_interrupted, error=error)
     return ApplicationError(reason, failed, type=RunFailureType.HANDED_BACK.value, non_retryable=True)
 
 

@@ -443,7 +443,7 @@ class Placement:
         self._first_given.clear()
 
     def _moving_failure(self, error: ActivityError, taken: ServerTaken) -> FailedRun | None:
-        """The failure after which the job moves to another server; None if the worker just stopped.
+        """The failure after which the job moves to another server; None if it just waits again.
 
         Raises RunRefused if the job does not move.
         """
@@ -456,7 +456,10 @@ class Placement:
             if failed.is_over or kind in (RunFailureType.LOST, RunFailureType.HANDED_BACK):
                 self._unended.get(taken.task_queue, set()).discard(self.prompt_id())
             self.run += kind is RunFailureType.LOST or failed.is_over
-            return None if kind is RunFailureType.HANDED_BACK else failed
+            if kind is RunFailureType.HANDED_BACK:
+                is_counted = failed.error is not None and workflow.patched("counted-where-a-file-is-unreadable")
+                return failed if is_counted else None
+            return failed
         known = isinstance(cause, ApplicationError) and cause.type in set(JOB_CODES)
         code = str(cause.type) if isinstance(cause, ApplicationError) and known else FailureCode.INTERNAL.value
         message = cause.message if isinstance(cause, ApplicationError) else str(cause or error)

@@ -36,7 +36,7 @@ class ResultCopies:
     async def copied(self, order: CopyOrder) -> list[StoredResult]:
         """Copy a run's files. Raises ApplicationError: `prompt_lost` if one is gone or empty, else retried."""
         try:
-            with self._storage_health.used(keeps=True):
+            async with self._storage_health.used(keeps=True):
                 stored = await self._stored(order)
             self._silent_since.pop(order.job_id, None)
             return stored

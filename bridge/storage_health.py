@@ -1,9 +1,11 @@
 """Whether object storage can be used, as one GPU worker sees it: by what it copied and read last, and by a probe.
 
-    well ── a copy or a preparation fails on storage ──────────────→ away
+    well ── a copy fails, or a preparation and then the probe ──────→ away
     away ── a copy succeeds, or a small object is stored and read ─→ well
 
-While it is away the server takes no job: what it ran could not be kept.
+While it is away the server takes no job: what it ran could not be kept. Where a preparation fails and the probe does
+not, only that job's objects cannot be read, and others go on. A full store may have room for the probe, so a copy is
+not judged by it.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Final
 
@@ -40,6 +42,15 @@ class StorageAway(Exception):
         )
 
 
+class ObjectUnreadable(Exception):
+    """What a job needs cannot be read, though storage can be used."""
+
+    def __init__(self, storage: Storage, error: Exception) -> None:
+        super().__init__(
+            f"An object at {storage.url} that the job needs cannot be read: {type(error).__name__}. Others can."
+        )
+
+
 class StorageHealth:
     """Storage as one server uses it. It is probed while `watched` is entered."""
 
@@ -64,9 +75,9 @@ class StorageHealth:
         """Why no job may be taken, or None."""
         return self.sickness.reason if self.sickness else None
 
-    @contextmanager
-    def used(self, *, keeps: bool = False) -> Iterator[None]:
-        """Storage is used in the body. A missing object is FileNotFoundError. Raises StorageAway.
+    @asynccontextmanager
+    async def used(self, *, keeps: bool = False) -> AsyncIterator[None]:
+        """Storage is used in the body. A missing object is FileNotFoundError. Raises StorageAway, ObjectUnreadable.
 
         `keeps`: the body stores what a run made; its success shows that storage is well.
         """
@@ -75,6 +86,8 @@ class StorageHealth:
         except FileNotFoundError:
             raise
         except STORAGE_ERRORS as error:
+            if not keeps and await self._answers():
+                raise ObjectUnreadable(self._storage, error) from None
             away = StorageAway(self._storage, error)
             self._failed(str(away))
             raise away from None
@@ -112,11 +125,14 @@ class StorageHealth:
             await asyncio.sleep(min(LOOK_SECONDS, self._probe_seconds))
 
     async def _look(self) -> None:
-        try:
-            await self._storage.write(self._path, _CONTENT)
-            is_well = await self._storage.read_whole(self._path) == _CONTENT
-        except STORAGE_ERRORS:
-            is_well = False
-        if is_well:
+        if await self._answers():
             self._is_well()
         self._probe_at = time.monotonic() + self._probe_seconds
+
+    async def _answers(self) -> bool:
+        """Whether a small object can be stored and read."""
+        try:
+            await self._storage.write(self._path, _CONTENT)
+            return await self._storage.read_whole(self._path) == _CONTENT
+        except STORAGE_ERRORS:
+            return False

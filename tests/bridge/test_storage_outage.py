@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -90,6 +90,35 @@ async def test_a_job_whose_files_cannot_be_read_now_waits_for_a_server_again(
             state = await bridge.ended(each["job_id"])
             assert state["error_details"] is None, state
     assert len(await native.admin.submissions()) == 2
+
+
+async def test_a_job_one_of_whose_files_cannot_be_read_ends_and_other_jobs_go_on(
+    bridge: BridgePlatform, native: NativeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = bridge.folder / "images" / TENANT / "a.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(png())
+    await native.admin.set(models={"checkpoints": ["a.safetensors"]})
+    reads = 0
+
+    async def unreadable(_: str) -> AsyncIterator[bytes]:
+        nonlocal reads
+        reads += 1
+        raise OSError("input/output error")
+        yield b""
+
+    async with bridge.gpu(native) as worker:
+        monkeypatch.setattr(bridge.bridge.storage, "read", unreadable)
+        job = await bridge.submit(
+            template_id="image-to-image", controls=[{"image_url": image.as_uri(), "strength": 0.5}]
+        )
+        error = (await bridge.ended(job["job_id"]))["error_details"]
+        assert (error["code"], error["retryable"]) == ("internal", True)
+        assert "cannot be read" in error["message"]
+        assert reads == placement.MAX_FAILED_RUNS
+        assert await worker.missing() == []
+        assert (await bridge.ended((await bridge.submit())["job_id"]))["error_details"] is None
+    assert len(await native.admin.submissions()) == 1
 
 
 async def test_a_copy_waits_for_its_silent_server_and_then_moves_on(
