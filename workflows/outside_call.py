@@ -42,6 +42,8 @@ Method = Callable[[Any, Argument], Awaitable[Result]]
 ATTEMPT_TIMEOUT: Final = timedelta(seconds=10)
 NEW_FOR: Final = ATTEMPT_TIMEOUT
 """How long a background call is waited for before the run continues as new."""
+SHORTEST_CALL: Final = timedelta(seconds=1)
+"""0 would mean that the call has no limit."""
 HEARTBEAT_TIMEOUT: Final = timedelta(seconds=2)
 STORE_TIMEOUT: Final = timedelta(minutes=1)
 """Of one attempt of give-back, correction or reconciler at the task store. They hold nothing that could expire."""
@@ -127,18 +129,26 @@ class OutsideCall:
         self.waits.raise_if_interrupted()
 
     async def setup(
-        self, method: Method[Argument, Answer[Reply]], argument: Argument, *, summary: str
+        self,
+        method: Method[Argument, Answer[Reply]],
+        argument: Argument,
+        *,
+        summary: str,
+        until: datetime | None = None,
+        again: Callable[[], Awaitable[None]] | None = None,
     ) -> Answer[Reply]:
-        """A call that begins something, retried for the policy's `opening_call_minutes`.
+        """A call that begins something, retried for the policy's `opening_call_minutes`, and not beyond `until`.
 
-        Time in which the task store or our own workers are away does not count, and the hold is kept alive. Raises
-        TaskFailed (the party's `*_unavailable`, `reply_invalid`, `timeout` or `credit_exhausted`), TaskStopped where a
-        cancel came before the answer, RowEnded where the task has ended.
+        Time in which the task store or our own workers are away does not count, and the hold is kept alive; `again` is
+        awaited before the call is scheduled once more. Raises TaskFailed (the party's `*_unavailable`, `reply_invalid`,
+        `timeout` or `credit_exhausted`), TaskStopped where a cancel came before the answer, RowEnded where the task has
+        ended, and as `again`.
         """
-        within = timedelta(minutes=self.limits.policy.opening_call_minutes)
+        longest = timedelta(minutes=self.limits.policy.opening_call_minutes)
         rounds = 0
         while True:
             self.waits.raise_if_interrupted()
+            within = longest if until is None else min(longest, max(until - workflow.now(), SHORTEST_CALL))
             handle = self.visible(method, argument, summary=summary, within=within)
             end = await self.waits.answered(handle, summary=wait_in(summary, "keep the hold meanwhile"))
             if not handle.done():
@@ -152,12 +162,14 @@ class OutsideCall:
                     raise end from error
                 if is_of_store(error):
                     rounds += 1
-                    continue
-                if is_own_absence(error) and workflow.patched(OWN_ABSENCE):
+                elif is_own_absence(error) and workflow.patched(OWN_ABSENCE):
                     self.waits.raise_if_over()
                     rounds += error.__cause__ is not None and error.__cause__.__cause__ is not None
-                    continue
-                raise failure_from(error, _unavailable(method)) from error
+                else:
+                    raise failure_from(error, _unavailable(method)) from error
+                if again is not None:
+                    await again()
+                continue
             self.earlier.learn_from(answer)
             if was_stopped(answer):
                 raise RowEnded(is_unsent=rounds + answer.tries == 1)

@@ -111,12 +111,24 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
             key=self.outside.key("start", self.attempts.key_number),
         )
         start = self.clock.start()
-        answer = await self.outside.setup(ComfyUIActivities.start_training, call, summary="3 start")
+        answer = await self.outside.setup(
+            ComfyUIActivities.start_training,
+            call,
+            summary="3 start",
+            until=self.window.closes,
+            again=self.may_start_again,
+        )
         if answer.refusal is not None:
             raise TaskFailed.by_refusal(answer.refusal)
         if answer.not_offered:
             self.record_missing("start", "ComfyUI has no start route: a training begins by itself.")
         self.watch.started(start)
+
+    async def may_start_again(self) -> None:
+        """Look at window and hold once more: the store or our workers were away meanwhile, perhaps for hours."""
+        if workflow.patched("window-and-hold-looked-at-before-each-start"):
+            self.window.check()
+            await self.waits.covered()
 
     def record_missing(self, route: str, message: str) -> None:
         """Record a route that the server does not offer; the store keeps one record of each (contract §2)."""

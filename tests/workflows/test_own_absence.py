@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest_asyncio
@@ -69,6 +70,28 @@ async def test_no_task_waits_for_workers_beyond_its_time(platform: Platform) -> 
         await until_scheduled(platform, handle, "submit_job", 3)  # the last one is the undo's
     async with platform.worker():
         assert (await ended(platform, handle)).code == "timeout"
+
+
+async def test_a_start_that_no_worker_takes_is_not_sent_once_the_window_has_closed(platform: Platform) -> None:
+    """They are lost while they hold the credits, in time."""
+    closes = datetime.now(UTC) + timedelta(seconds=6)
+    task = platform.training(window={"not_after": closes.isoformat()})
+    credits = platform.simulators.admin.credits
+    slow = await credits.fault("delay", route="pre_deduct", task_id=task["task_id"], seconds=1)
+    async with platform.worker():
+        handle = await platform.start(task)
+        await platform.until_hit("pre_deduct", slow)
+
+    async def is_given_up_or_repeated() -> bool:
+        return bool(len(await sent(handle, "start_training")) > 1 or await sent(handle, "cancel_hold"))
+
+    async with platform.worker(no_remote_activities=True):
+        await platform.until(is_given_up_or_repeated)
+    async with platform.worker():
+        ending = await ended(platform, handle)
+    assert (ending.code, ending.charged) == ("gpu_unavailable", 0)
+    assert await platform.simulators.admin.comfyui.requests_seen("start_training", task_id_of(handle)) == []
+    assert await kinds_of(platform, handle) == ["pre_deduct", "cancel"]
 
 
 async def test_a_service_that_does_not_answer_is_unavailable(platform: Platform) -> None:
