@@ -179,14 +179,17 @@ class CreditHold(TaskHolds):
             await self._release(old, "topped up")
 
     async def _forgotten_given_back(self) -> bool:
-        """Give back what an earlier life holds: a service without keys takes a second hold. Once; False for none."""
+        """Give back what an earlier life holds: a service without keys takes a second hold. Once. Whether one ended."""
         if self.forgotten.is_done or not self._outside.earlier.is_possible or not workflow.patched(FORGOTTEN_FIRST):
             return False
+        before = self.forgotten.cancelled
         self._forgetting = giving_back = asyncio.create_task(self.forgotten.give_back())
         await self._returned_in_time(giving_back.done)
-        if giving_back.result():
-            self._record_uncovered("The balance was too short for a hold beside that from before the run was reset.")
-        return giving_back.result()
+        giving_back.result()
+        if self.forgotten.cancelled == before:
+            return False
+        self._record_uncovered("The balance was too short for a hold beside that from before the run was reset.")
+        return True
 
     async def _top_up_without_cover(self, old: RequestedHold, cost: int) -> None:
         await self._release(old, "topped up", self._returned_in_time)

@@ -65,6 +65,11 @@ class ForgottenHolds:
         return [hold_id for hold_id in forgotten if hold_id not in self._cancelled]
 
     @property
+    def cancelled(self) -> int:
+        """How many holds this run has cancelled here: of them, a cancel took effect."""
+        return len(self._cancelled)
+
+    @property
     def numbers_taken(self) -> int:
         """How many hold numbers are taken at least."""
         known = len(self._look.row.hold_ids) if self._look.row is not None else 0

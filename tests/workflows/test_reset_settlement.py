@@ -103,6 +103,24 @@ async def test_a_training_that_is_reset_to_its_open_window_is_not_short_of_what_
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
 
 
+async def test_a_hold_that_had_ended_before_the_reset_gives_nothing_back(patient_platform: Platform) -> None:
+    """The balance is empty: the run that follows asks once, and was never without cover."""
+    payer = await new_payer(patient_platform, HD)
+    await payer.has_plain_service()
+    credits = patient_platform.simulators.admin.credits
+    handle = await stalled(patient_platform, payer.image())
+    await cancelled_by_another_caller(patient_platform, payer, handle)
+    await payer.has(0)
+    before = len(await credits.requests_seen("pre_deduct", task_id_of(handle)))
+    run = await reset(patient_platform, handle, (await points_of(patient_platform, handle))[0])
+    await patient_platform.until_settled(run)
+    await patient_platform.pass_time(run, 700)
+    ending = await ended(patient_platform, run)
+    assert (ending.code, ending.charged) == ("insufficient_balance", 0)
+    assert "uncovered" not in ending.exceptions
+    assert len(await credits.requests_seen("pre_deduct", task_id_of(handle))) == before + 1
+
+
 @pytest.mark.parametrize("answer", ["500", "lost"])
 async def test_a_commit_that_acted_after_a_reset_is_not_charged_again(patient_platform: Platform, answer: str) -> None:
     """The ledger shows the cancel of the earlier hold, but not yet the commit of the other: that is no proof."""
