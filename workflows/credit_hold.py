@@ -26,7 +26,7 @@ from workflows.failures import RowEnded, TaskFailed
 from workflows.outside_call import OutsideCall
 from workflows.row_look import LOOK_AGAIN_AT_MOST, RowLook
 from workflows.step_labels import HOLD, wait_in
-from workflows.task_holds import LAST_SECONDS, HoldRefused, TaskHolds, no_answer
+from workflows.task_holds import LAST_SECONDS, Back, HoldRefused, TaskHolds, no_answer
 from workflows.task_record import TaskRecord
 
 REFUSED_AGAIN_AFTER: Final = timedelta(seconds=30)
@@ -37,6 +37,7 @@ POINTS_AWAITED: Final = "points-of-the-old-hold-awaited-by-the-next-run"
 FIRST_HOLD: Final = "free-training-held-once-its-price-rises"
 NOTHING_HELD: Final = "Nothing was held for the task's price, and the hold was refused."
 FORGOTTEN_FIRST: Final = "hold-of-an-earlier-life-given-back-where-the-balance-is-short"
+FORGOTTEN_BEFORE_FIRST: Final = "hold-of-an-earlier-life-given-back-before-the-first-hold"
 TOO_SHORT: Final = "The balance was too short for the renewal and the old hold together."
 
 _TOP_UP: Final = next(row.advice for row in CREDITS_ERRORS if row.failure is FailureCode.INSUFFICIENT_BALANCE)
@@ -168,7 +169,7 @@ class CreditHold(TaskHolds):
             await self._take(cost, self._request_setup, self._outside.may_begin, self._returned_in_time)
         except HoldRefused as refused:
             is_short = refused.refusal.code is FailureCode.INSUFFICIENT_BALANCE
-            if is_short and old is None and await self._forgotten_given_back():
+            if is_short and old is None and await self._forgotten_given_back(self._returned_in_time):
                 await self._top_up(None, cost)
                 return
             if old is None or not is_short:
@@ -178,13 +179,15 @@ class CreditHold(TaskHolds):
         if old is not None:
             await self._release(old, "topped up")
 
-    async def _forgotten_given_back(self) -> bool:
+    async def _forgotten_given_back(self, back: Back) -> bool:
         """Give back what an earlier life holds: a service without keys takes a second hold. Once. Whether one ended."""
         if self.forgotten.is_done or not self._outside.earlier.is_possible or not workflow.patched(FORGOTTEN_FIRST):
             return False
         before = self.forgotten.cancelled
         self._forgetting = giving_back = asyncio.create_task(self.forgotten.give_back())
-        await self._returned_in_time(giving_back.done)
+        await back(giving_back.done)
+        if not giving_back.done():
+            return False
         giving_back.result()
         if self.forgotten.cancelled == before:
             return False
@@ -325,11 +328,11 @@ class CreditHold(TaskHolds):
         old = self.standing
         try:
             await self._take_renewing(amount)
-        except HoldRefused:
+        except HoldRefused as refused:
             if self._is_closing:
                 return
             if old is None:
-                await self._first_refused(amount)
+                await self._first_refused(amount, refused.refusal)
                 return
             left = self._life_of(old)
             if left > LAST_SECONDS:
@@ -345,14 +348,25 @@ class CreditHold(TaskHolds):
             self.state.uncovered_since = None
         await self._release(old, "renewed")
 
-    async def _first_refused(self, amount: int) -> None:
+    async def _first_refused(self, amount: int, refusal: Refusal) -> None:
         """A task that was free has a price now, and no hold: it is without cover."""
-        if not workflow.patched(FIRST_HOLD):
+        if not workflow.patched(FIRST_HOLD) or await self._first_taken_again(amount, refusal):
             return
         self._record_uncovered(NOTHING_HELD)
         self.state.uncovered_since = since = workflow.now()
         self.state.checkpoint_passed = False
         await self._cover_after_gap(amount, since)
+
+    async def _first_taken_again(self, amount: int, refusal: Refusal) -> bool:
+        """Where an earlier life holds the points: give them back. Returns whether they are held now, or need not be."""
+        is_short = refusal.code is FailureCode.INSUFFICIENT_BALANCE and self._outside.earlier.is_possible
+        if not is_short or not workflow.patched(FORGOTTEN_BEFORE_FIRST):
+            return False
+        if await self._forgotten_given_back(self._returned_or_closing):
+            with suppress(HoldRefused):
+                await self._take_renewing(amount)
+                return True
+        return self._is_closing
 
     async def _replace_without_cover(self, old: RequestedHold, amount: int) -> None:
         """In the old hold's last minute, with a balance too short for both: cancel it and take a new one at once."""

@@ -27,6 +27,7 @@ from tests.workflows.platform import Handle, Platform, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, work_goes_on
 from tests.workflows.resets import point_before, points_of, reset
 from tests.workflows.test_settlement import cancelled_by_another_caller, delivered, start_reporting
+from tests.workflows.test_training_price import start_free_training
 from workflows import charges
 
 HD = 18 + 6
@@ -119,6 +120,28 @@ async def test_a_hold_that_had_ended_before_the_reset_gives_nothing_back(patient
     assert (ending.code, ending.charged) == ("insufficient_balance", 0)
     assert "uncovered" not in ending.exceptions
     assert len(await credits.requests_seen("pre_deduct", task_id_of(handle))) == before + 1
+
+
+async def test_a_training_that_was_free_and_is_reset_is_held_by_the_points_of_before(
+    patient_platform: Platform,
+) -> None:
+    """The balance is enough for one hold, which the earlier life has taken."""
+    payer = await new_payer(patient_platform, 120)
+    await payer.has_plain_service()
+    comfyui = patient_platform.simulators.admin.comfyui
+    handle, training_id = await start_free_training(patient_platform, payer)
+    await comfyui.act(training_id, "gpu_hours", gpu_hours=3)
+    await patient_platform.until(lambda: has_kinds(patient_platform, handle, "pre_deduct"))
+    await patient_platform.until_settled(handle)
+    run = await reset(patient_platform, handle, (await points_of(patient_platform, handle))[0])
+    await patient_platform.until_settled(run)
+    await patient_platform.pass_time(run, IN_FLIGHT_SECONDS)
+    await comfyui.act(training_id, "gpu_hours", gpu_hours=3)
+    await patient_platform.until(lambda: has_kinds(patient_platform, handle, "pre_deduct", "cancel", "pre_deduct"))
+    await comfyui.act(training_id, "finish")
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged, await payer.balance()) == (TaskStatus.COMPLETED, 120, 0)
+    assert (await kinds_of(patient_platform, handle)).count("commit") == 1
 
 
 @pytest.mark.parametrize("answer", ["500", "lost"])
