@@ -56,14 +56,14 @@ class Mutant:
 def submit_by_local_activity() -> Patches:
     setup = OutsideCall.setup
 
-    async def locally_first(self: OutsideCall, method: Any, argument: Any, *, summary: str) -> Any:
+    async def locally_first(self: OutsideCall, method: Any, argument: Any, *, summary: str, **options: Any) -> Any:
         if not summary.startswith("1 "):
-            return await setup(self, method, argument, summary=summary)
+            return await setup(self, method, argument, summary=summary, **options)
         self._stop.raise_if_requested()
         try:
             return await self._local_try(method, argument, summary=summary)
         except _NoLocalAnswer:
-            return await setup(self, method, argument, summary=summary)
+            return await setup(self, method, argument, summary=summary, **options)
 
     return [(OutsideCall, "setup", locally_first)]
 
@@ -149,7 +149,7 @@ def cancel_before_the_inbox() -> Patches:
 
 
 def retry_loop_eats_the_cancel() -> Patches:
-    async def setup(self: OutsideCall, method: Any, argument: Any, *, summary: str) -> Any:
+    async def setup(self: OutsideCall, method: Any, argument: Any, *, summary: str, **options: Any) -> Any:
         while True:
             handle = self.visible(method, argument, summary=summary)
             await workflow.wait_condition(lambda handle=handle: handle.done() or self._stop.requested)  # type: ignore[misc]
