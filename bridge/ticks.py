@@ -34,7 +34,7 @@ from comfyui_temporal.runs import RunStatus
 TICK_EVERY_SECONDS: Final = 1.0
 PACE_SECONDS: Final = 1.0
 WAIT_TOLD_SECONDS: Final = 30.0
-"""A run that has not begun by then is told to take longer; again each time the wait has doubled."""
+"""A run that has not begun by then gets a longer estimate; again each time the wait has doubled."""
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 
 log = structlog.get_logger(__name__)

@@ -18,7 +18,7 @@ from tests.bridge.test_jobs import _png as png
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits are told at once, and an estimate may be as short as they are."""
+    """A wait changes the estimate at once, and an estimate may be as short as the wait."""
     monkeypatch.setattr(placement, "WAIT_TOLD_AFTER", timedelta(seconds=0.5))
     monkeypatch.setattr(job_workflow, "LEAST_MINUTES", 0.0001)
 
