@@ -28,7 +28,7 @@ let large;
 let links = {};
 let tenant = null;
 let isTyped = false; // the token: then the task in the address is of whoever was here before
-let views = 0; // how often the list began anew: a page requested before is of another list
+let views = 0; // how often the list was loaded anew; pages of an earlier list are dropped
 let tenantTimer = null;
 let cursor = null;
 let detailed = null;

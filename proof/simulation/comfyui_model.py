@@ -87,7 +87,7 @@ class Flicker(StrEnum):
 
 
 class UnreadableAnswer(Exception):
-    """The server answers something that nobody can read."""
+    """The server's answer cannot be read."""
 
 
 class ComfyUIModel(Generic[State]):

@@ -103,7 +103,7 @@ async def test_an_open_run_whose_row_was_lost_recreates_it_and_is_delivered(
 async def test_a_continued_run_recreates_its_row_as_it_was_claimed(
     platform: Platform, database: Database, kind: str
 ) -> None:
-    """The owner's repeat of the start is the same task: another hash would be answered 409, and be ordered anew."""
+    """The owner's repeat of the start is the same task. With another hash it would be refused with 409."""
     platform.policy |= {"continue_as_new_events": 50, "poll_after_seconds": 0.2}
     payer = await new_payer(platform)
     task = payer.image() if kind == "image" else payer.training()
