@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Final
 
 from temporalio import workflow
 
@@ -12,7 +13,10 @@ from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.tasks import GpuWindow
 from workflows.failures import TaskFailed
 from workflows.interruptible import InterruptibleWaits
-from workflows.outside_call import OutsideCall
+from workflows.outside_call import RETRY, OutsideCall
+
+_REPEATED: Final = frozenset({FailureCode.COMFYUI_UNAVAILABLE, FailureCode.REPLY_INVALID})
+"""A call that ends so would have been repeated, had there been time."""
 
 
 class Window:
@@ -30,6 +34,18 @@ class Window:
                 FailureCode.GPU_UNAVAILABLE,
                 f"The GPU window closed at {self.closes.isoformat()} before the training began.",
             )
+
+    def end_of_start(self, failure: TaskFailed) -> TaskFailed:
+        """What ends a task whose start failed: that the window closes, where it left no time to repeat the call."""
+        repeated_within = RETRY.maximum_interval
+        assert repeated_within is not None
+        if self.closes is None or self.closes - workflow.now() > repeated_within or failure.code not in _REPEATED:
+            return failure
+        return TaskFailed(
+            FailureCode.GPU_UNAVAILABLE,
+            "ComfyUI did not confirm the training's start within its GPU window, which closes at "
+            f"{self.closes.isoformat()}: {failure}",
+        )
 
     async def opens(self) -> None:
         """Wait until it opens. Raises as `check` and as `InterruptibleWaits.until`."""

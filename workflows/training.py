@@ -111,13 +111,16 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
             key=self.outside.key("start", self.attempts.key_number),
         )
         start = self.clock.start()
-        answer = await self.outside.setup(
-            ComfyUIActivities.start_training,
-            call,
-            summary="3 start",
-            until=self.window.closes,
-            again=self.may_start_again,
-        )
+        try:
+            answer = await self.outside.setup(
+                ComfyUIActivities.start_training,
+                call,
+                summary="3 start",
+                until=self.window.closes,
+                again=self.may_start_again,
+            )
+        except TaskFailed as failure:
+            raise self.window.end_of_start(failure) from failure
         if answer.refusal is not None:
             raise TaskFailed.by_refusal(answer.refusal)
         if answer.not_offered:

@@ -87,6 +87,22 @@ async def test_a_window_that_closes_before_the_start_gives_everything_back(patie
     assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel"]
 
 
+async def test_a_start_that_is_not_confirmed_before_the_window_closes_ends_for_the_window(
+    patient_platform: Platform,
+) -> None:
+    payer = await new_payer(patient_platform)
+    away = await patient_platform.simulators.admin.comfyui.fault(
+        "error", route="start_training", tenant_id=payer.tenant_id, times=None
+    )
+    closes = datetime.now(UTC) + timedelta(minutes=2)
+    handle = await patient_platform.start(payer.training(window={"not_after": closes.isoformat()}))
+    await patient_platform.until_hit("start_training", away)
+    await patient_platform.pass_time(handle, 130)
+    ending = await ended(patient_platform, handle)
+    assert (ending.code, ending.charged) == ("gpu_unavailable", 0)
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel"]
+
+
 @pytest.mark.parametrize(
     "window",
     [
