@@ -170,7 +170,7 @@ class Oracle:
         waits = not busy & _OPENING and bool(self._works) and self._holds_stand()
         current = list(self._works)[-1] if self._works else ""
         waits = waits and not self._jobs.is_given_up(current)
-        if waits and not self._cancel_seen and self._works[current].is_started:
+        if waits and not self._cancel_seen and self._works[current].is_started and not self._is_price_open():
             self._delivery_first |= any(self._is_delivery(job, current) for job in jobs)
         is_cancel = any(map(_is_cancel, jobs))
         is_delivered = bool(current) and self._works[current].state.has_succeeded()
@@ -232,6 +232,13 @@ class Oracle:
 
     def _holds_stand(self) -> bool:
         return any(hold.phase == "open" for hold in self._parties.credits.holds)
+
+    def _is_price_open(self) -> bool:
+        """Whether a training waits for its payer; a server that offers no `start` may run the job meanwhile."""
+        attempt = self._world.witness.attempt
+        if self._scenario.is_image or attempt is None:
+            return False
+        return max(self._prices.asked(attempt), default=0) > self._prices.ceiling_before(self._server.now)
 
     def _is_delivery(self, job: WorkflowActivationJob, current: str) -> bool:
         """Whether it is a callback that reports the current job's delivery."""

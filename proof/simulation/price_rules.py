@@ -77,10 +77,11 @@ class Prices:
         return {attempt.accepted.gpu_hours, *reported}
 
     def known_before(self, attempt: Attempt, last: Report) -> int:
-        """The price that was known before a training's last report, under the ceiling."""
-        hours = attempt.accepted.gpu_hours
-        for report in self._world.witness.reports_of(attempt.job_id):
-            if report.at < last.at and isinstance(report.state, TrainingState) and report.state.gpu_hours is not None:
+        """The price on which the task could act before a training's last report, under the ceiling."""
+        witness, hours = self._world.witness, attempt.accepted.gpu_hours
+        for report in witness.reports_of(attempt.job_id):
+            is_before = witness.acted_on_from(report) < last.at
+            if is_before and isinstance(report.state, TrainingState) and report.state.gpu_hours is not None:
                 hours = report.state.gpu_hours
         return min(self.of_hours(self.carried_hours(attempt) + hours), self.ceiling)
 

@@ -159,6 +159,7 @@ class Server:
     def _continue(self, command: WorkflowCommand) -> None:
         """A message that arrived meanwhile would have kept it open; the outcomes of its calls are ignored."""
         self._run.stop()
+        self.environment.witness.continued_at.add(self.now)
         [argument] = command.continue_as_new_workflow_execution.arguments
         identity = replace(
             self._run.identity,

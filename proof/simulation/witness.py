@@ -91,6 +91,10 @@ class Witness:
         """When → the bytes of all signals that arrived then."""
         self.confirmed: dict[float, int] = {}
         """The payer's confirmations: when, and how many points."""
+        self.began_at: list[float] = []
+        """When each run of the task took its first step."""
+        self.continued_at: set[float] = set()
+        """When a run continued as new: what it learned in that step only the next run can act on."""
 
     # As the server records it
 
@@ -101,6 +105,8 @@ class Witness:
             state = self.sent.get(inputs[0].data) if len(inputs) == 1 else None
             if state is not None:
                 self._report(state, at)
+        elif job.HasField("initialize_workflow"):
+            self.began_at.append(at)
         elif job.HasField("do_update") and job.do_update.id.startswith("confirm"):
             [request] = CONVERTER.from_payloads(list(job.do_update.input), [ConfirmPrice])
             self.confirmed[at] = max(request.max_credits, self.confirmed.get(at, 0))
@@ -153,6 +159,12 @@ class Witness:
         lost_at = self.lost_at(job_id)
         reports = self.reports.get(job_id or "", [])
         return _new(reports if lost_at is None else [report for report in reports if report.at < lost_at])
+
+    def acted_on_from(self, report: Report) -> float:
+        """The first moment at which the task could act on a report."""
+        if report.at not in self.continued_at:
+            return report.at
+        return min((at for at in self.began_at if at > report.at), default=float("inf"))
 
     def lost_at(self, job_id: str | None) -> float | None:
         """When the server had said twice, and far enough apart, that it does not know the job.
