@@ -16,6 +16,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
+from runtime.http_transport import trusted_certificates
 from runtime.stated_size import is_stated_above
 
 FETCH_SECONDS: Final = 30.0
@@ -90,7 +91,11 @@ class AllowedHosts:
     async def _answered(self, address: str) -> AsyncIterator[httpx.Response]:
         """The answer 200, behind the redirects that are followed."""
         async with httpx.AsyncClient(
-            timeout=FETCH_SECONDS, follow_redirects=False, trust_env=False, transport=self.transport
+            timeout=FETCH_SECONDS,
+            follow_redirects=False,
+            trust_env=False,
+            verify=trusted_certificates(),
+            transport=self.transport,
         ) as http:
             for left in range(self._redirects, -1, -1):
                 problem = self.problem(address)

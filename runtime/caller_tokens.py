@@ -25,6 +25,7 @@ from comfyui_temporal.contracts.fields import repaired, shortened
 from comfyui_temporal.contracts.permissions import TokenClaims
 from comfyui_temporal.contracts.size_budget import MAX_NAME_BYTES
 from runtime.caller_claims import CallerClaims
+from runtime.http_transport import trusted_certificates
 
 log = structlog.get_logger(__name__)
 
@@ -155,7 +156,9 @@ class KeySet:
         content = bytearray()
         async with (
             asyncio.timeout(JWKS_TIMEOUT_SECONDS),
-            httpx.AsyncClient(timeout=JWKS_TIMEOUT_SECONDS, follow_redirects=False) as http,
+            httpx.AsyncClient(
+                timeout=JWKS_TIMEOUT_SECONDS, follow_redirects=False, verify=trusted_certificates()
+            ) as http,
             http.stream("GET", self.url) as answer,
         ):
             async for chunk in answer.aiter_bytes():

@@ -18,6 +18,7 @@ from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.client import Client
 from temporalio.service import RPCError
 
+from runtime.http_transport import trusted_certificates
 from runtime.pollers import pollers_of
 from runtime.required_settings import CannotStart
 
@@ -102,7 +103,9 @@ class FirstAnswers:
         if not self._awaited:
             return []
         # No token is sent, and no redirect followed: any answer will do.
-        async with httpx.AsyncClient(timeout=PARTY_SECONDS, follow_redirects=False) as http:
+        async with httpx.AsyncClient(
+            timeout=PARTY_SECONDS, follow_redirects=False, verify=trusted_certificates()
+        ) as http:
             sentences = await asyncio.gather(*(self._asked(http, *party) for party in list(self._awaited.items())))
         return [sentence for sentence in sentences if sentence]
 

@@ -14,10 +14,12 @@ waits for a free connection and times out just as it gets one. 8 callers that ga
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
+from functools import cache
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -50,11 +52,19 @@ class Exchange:
 _exchange: ContextVar[Exchange] = ContextVar("exchange")
 
 
+@cache
+def trusted_certificates() -> ssl.SSLContext:
+    """What this process trusts, read once: each reading blocks the event loop for 50 ms."""
+    return httpx.create_ssl_context()
+
+
 class PatientTransport(httpx.AsyncHTTPTransport):
     """As `httpx.AsyncHTTPTransport`. Requests take `extensions={"limit_seconds": 9.0}`."""
 
-    def __init__(self, *, limits: httpx.Limits = DEFAULT_LIMITS, **options: Any) -> None:
-        super().__init__(limits=limits, **options)
+    def __init__(
+        self, *, limits: httpx.Limits = DEFAULT_LIMITS, verify: ssl.SSLContext | bool = True, **options: Any
+    ) -> None:
+        super().__init__(limits=limits, verify=trusted_certificates() if verify is True else verify, **options)
         # httpx has no parameter for the backend of its pool. The tests fail if this one is not used.
         self._pool._network_backend = _Backend()
         self._free = asyncio.Semaphore(limits.max_connections) if limits.max_connections else None
