@@ -55,7 +55,7 @@ endef
 
 test: lint types imports schemas pytest ## all checks and most tests, in about six minutes
 
-test-long: pytest-long ## the tests that take a second and a half each and more: outages, kills, fleets, whole pages
+test-long: pytest-long ## the tests that take a second each and more: outages, kills, fleets, whole pages (PART=1/3)
 
 test-all: lint types imports schemas pytest-all ## every test, the slow ones too
 
@@ -87,7 +87,7 @@ pytest: setup
 	@echo "left out: longer tests, by make test-long, and slow ones, by make test-all"
 
 pytest-long: setup
-	$(call timed,longer tests,$(BIN)/python -m pytest -m "long and not slow" $(SIDE_BY_SIDE))
+	$(call timed,longer tests,$(BIN)/python -m pytest -m "long and not slow" $(if $(PART),--part $(PART)) $(SIDE_BY_SIDE))
 
 pytest-all: setup $(BENCH)/.ready
 	$(call timed,tests,$(BIN)/python -m pytest $(SIDE_BY_SIDE))

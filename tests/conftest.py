@@ -6,13 +6,16 @@ Task ids, task queues and database names are unique per test (`unique`), so that
 from __future__ import annotations
 
 import gc
+import os
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import asyncpg
+import certifi
 import pytest
 import pytest_asyncio
 from sqlalchemy.engine import make_url
@@ -29,82 +32,108 @@ NewDatabase = Callable[..., Awaitable[str]]
 """`await new_database()` → DSN of an empty, migrated database of its own; `migrated=False`: without tables."""
 
 _MIGRATED = "migrated_template"
-_LONG = frozenset(
-    {
-        "bridge/test_cleaning.py",
-        "bridge/test_datasets.py",
-        "bridge/test_fleet.py",
-        "bridge/test_kills.py",
-        "bridge/test_loras.py",
-        "bridge/test_loras_by_address.py",
-        "bridge/test_metrics.py",
-        "bridge/test_proxies.py",
-        "bridge/test_queueing.py",
-        "bridge/test_resets.py",
-        "bridge/test_results.py",
-        "bridge/test_run_times.py",
-        "bridge/test_server_health.py",
-        "bridge/test_servers.py",
-        "bridge/test_storage_outage.py",
-        "bridge/test_template_list.py",
-        "bridge/test_warm_up.py",
-        "cli/test_demo.py",
-        "cli/test_doctor.py",
-        "cli/test_gateway_stream.py",
-        "doors/test_doors.py",
-        "gateway/test_long_lists.py",
-        "gateway/test_openapi.py",
-        "gateway/test_openapi_export.py",
-        "gateway/test_operations.py",
-        "gateway/test_outages_and_floods.py",
-        "gateway/test_safe_answers.py",
-        "gateway/test_upload_memory.py",
-        "local_stack/test_stack.py",
-        "mutation/test_judging.py",
-        "package/test_both_ways.py",
-        "package/test_called_by_workflows.py",
-        "package/test_scripts_end.py",
-        "package/test_sync.py",
-        "package/test_wheel.py",
-        "page/test_cards.py",
-        "page/test_form.py",
-        "page/test_list.py",
-        "page/test_page.py",
-        "page/test_trained_models.py",
-        "page/test_truth.py",
-        "page/test_words.py",
-        "runtime/test_logs.py",
-        "runtime/test_tracing.py",
-        "simulators/test_processes.py",
-        "streams/test_faults.py",
-        "streams/test_restarts.py",
-        "test_bad_starts.py",
-        "test_namespace_of_store.py",
-        "versions/test_side_by_side.py",
-        "workflows/test_continue_as_new.py",
-        "workflows/test_corrections.py",
-        "workflows/test_kills.py",
-        "workflows/test_numbers_out_of_range.py",
-        "workflows/test_orders_by_signal.py",
-        "workflows/test_reconciler.py",
-        "workflows/test_renewal.py",
-        "workflows/test_reset_jobs.py",
-        "workflows/test_reset_outages.py",
-        "workflows/test_reset_settlement.py",
-        "workflows/test_silence.py",
-        "workflows/test_sizes.py",
-        "workflows/test_store_outage.py",
-        "workflows/test_ticks.py",
-        "workflows/test_training_price.py",
-        "workflows/test_unseen_rows.py",
-        "workflows/test_updates.py",
-        "workflows/test_waits.py",
-    }
+_AUTHORITY = "one-authority.pem"
+_LONG = (
+    "bridge/test_cleaning.py",
+    "bridge/test_datasets.py",
+    "bridge/test_fleet.py",
+    "bridge/test_kills.py",
+    "bridge/test_loras.py",
+    "bridge/test_loras_by_address.py",
+    "bridge/test_metrics.py",
+    "bridge/test_new_template.py",
+    "bridge/test_proxies.py",
+    "bridge/test_queueing.py",
+    "bridge/test_resets.py",
+    "bridge/test_results.py",
+    "bridge/test_run_times.py",
+    "bridge/test_server_health.py",
+    "bridge/test_servers.py",
+    "bridge/test_several_images.py",
+    "bridge/test_storage_outage.py",
+    "bridge/test_template_list.py",
+    "bridge/test_thumbnails.py",
+    "bridge/test_trainings.py",
+    "bridge/test_uploads.py",
+    "bridge/test_warm_up.py",
+    "cli/test_command_line.py",
+    "cli/test_demo.py",
+    "cli/test_doctor.py",
+    "cli/test_gateway_stream.py",
+    "deploy/test_ports.py",
+    "doors/test_doors.py",
+    "gateway/test_long_lists.py",
+    "gateway/test_openapi.py",
+    "gateway/test_openapi_export.py",
+    "gateway/test_operations.py",
+    "gateway/test_outages_and_floods.py",
+    "gateway/test_rollback.py",
+    "gateway/test_safe_answers.py",
+    "gateway/test_streams_of_waiting_tasks.py",
+    "gateway/test_temporal_refusals.py",
+    "gateway/test_tenant_limits.py",
+    "gateway/test_upload_memory.py",
+    "local_stack/test_own_services.py",
+    "local_stack/test_stack.py",
+    "mutation/test_judging.py",
+    "package/test_both_ways.py",
+    "package/test_called_by_workflows.py",
+    "package/test_http_streams.py",
+    "package/test_scripts_end.py",
+    "package/test_sync.py",
+    "package/test_waiting_start.py",
+    "package/test_wheel.py",
+    "page/test_cards.py",
+    "page/test_form.py",
+    "page/test_list.py",
+    "page/test_page.py",
+    "page/test_trained_models.py",
+    "page/test_truth.py",
+    "page/test_words.py",
+    "runtime/test_logs.py",
+    "runtime/test_tracing.py",
+    "simulators/test_processes.py",
+    "store/test_by_hand.py",
+    "store/test_migrations.py",
+    "store/test_upkeep.py",
+    "streams/test_faults.py",
+    "streams/test_restarts.py",
+    "test_bad_starts.py",
+    "test_namespace_of_store.py",
+    "versions/test_releases.py",
+    "versions/test_side_by_side.py",
+    "workflows/test_bugs.py",
+    "workflows/test_continue_as_new.py",
+    "workflows/test_corrections.py",
+    "workflows/test_encryption.py",
+    "workflows/test_kills.py",
+    "workflows/test_numbers_out_of_range.py",
+    "workflows/test_ops.py",
+    "workflows/test_orders_by_signal.py",
+    "workflows/test_own_absence.py",
+    "workflows/test_price_shown.py",
+    "workflows/test_reconciler.py",
+    "workflows/test_renewal.py",
+    "workflows/test_reset_jobs.py",
+    "workflows/test_reset_outages.py",
+    "workflows/test_reset_settlement.py",
+    "workflows/test_restored_store.py",
+    "workflows/test_rollout.py",
+    "workflows/test_silence.py",
+    "workflows/test_size_budget.py",
+    "workflows/test_sizes.py",
+    "workflows/test_store_outage.py",
+    "workflows/test_ticks.py",
+    "workflows/test_training_price.py",
+    "workflows/test_unseen_rows.py",
+    "workflows/test_updates.py",
+    "workflows/test_verify.py",
+    "workflows/test_waits.py",
 )
-"""Files whose tests take a second and a half each and more: outages, kills, fleets, whole pages, processes.
+"""Files whose tests take a second each and more: outages, kills, fleets, whole pages, processes, releases, upkeep.
 
-They are a ninth of all tests and take half of the time, so `make test` leaves them to `make test-long`; CI runs both.
-The step tables, cancels and resets stay in `make test`, whatever they take.
+They are a quarter of all tests and take three quarters of the time, so `make test` leaves them to `make test-long`. The
+step tables, settlement, attempts, cancels and resets stay in `make test`, whatever they take.
 """
 
 _LONGEST_FIRST = (
@@ -139,7 +168,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--uncached", action="store_true", help="workers keep no run in memory: each step replays the whole history"
     )
+    parser.addoption(
+        "--part", metavar="K/N", help="of the files of long tests only each N-th, from the K-th on; all the other tests"
+    )
     parser.addoption("--signals", action="store_true", help="every callback is a signal: no tick takes the short way")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Clients trust one authority: all are read in 50 ms of processor time for each client, and all is loopback."""
+    if "SSL_CERT_FILE" in os.environ:
+        return
+    folder = tempfile.mkdtemp()
+    config.add_cleanup(lambda: shutil.rmtree(folder))
+    first, end, _ = Path(certifi.where()).read_text().partition("-----END CERTIFICATE-----")
+    authority = Path(folder) / _AUTHORITY
+    authority.write_text(f"{first}{end}\n")
+    os.environ["SSL_CERT_FILE"] = str(authority)
+
+
+def environment_for_downloads() -> dict[str, str]:
+    """This process's, with all the authorities that the machine trusts."""
+    kept = dict(os.environ)
+    if Path(kept.get("SSL_CERT_FILE", "")).name == _AUTHORITY:
+        del kept["SSL_CERT_FILE"]
+    return kept
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -152,14 +204,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path in long_files:
             item.add_marker(pytest.mark.long)
+    elsewhere = long_files - {folder / name for name in _part_of(config.getoption("part"))}
+    _leave_out(items, config, lambda item: item.path in elsewhere)
     place = {folder / name: number for number, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
     if shutil.which("chromium"):
         return
-    left_out = [item for item in items if item.get_closest_marker("browser")]
+    _leave_out(items, config, lambda item: item.get_closest_marker("browser") is not None)
+
+
+def _part_of(part: str | None) -> tuple[str, ...]:
+    """The long files that `K/N` names."""
+    k, slash, n = (part or "1/1").partition("/")
+    if not (slash and k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise pytest.UsageError(f"--part {part}: K/N is needed, such as 2/3")
+    return _LONG[int(k) - 1 :: int(n)]
+
+
+def _leave_out(items: list[pytest.Item], config: pytest.Config, is_left_out: Callable[[pytest.Item], bool]) -> None:
+    left_out = {item for item in items if is_left_out(item)}
     if left_out:
         items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+        config.hook.pytest_deselected(items=list(left_out))
 
 
 def pytest_collection_finish() -> None:

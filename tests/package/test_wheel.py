@@ -18,6 +18,7 @@ from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.tasks import TASK_QUEUE
 from store import TaskStore
+from tests.conftest import environment_for_downloads
 from tests.workflows.platform import Platform, running_platform
 
 PROJECT = Path(__file__).parents[2]
@@ -26,7 +27,8 @@ NOT_FOR_CALLERS = {"typer", "rich", "pydantic-settings", "fastapi", "sqlalchemy"
 
 
 def uv(*arguments: str | Path) -> str:
-    ended = subprocess.run([UV, *arguments], capture_output=True, text=True, check=False, cwd=PROJECT)
+    environment = environment_for_downloads()
+    ended = subprocess.run([UV, *arguments], capture_output=True, text=True, check=False, cwd=PROJECT, env=environment)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
