@@ -34,6 +34,7 @@ NewDatabase = Callable[..., Awaitable[str]]
 _MIGRATED = "migrated_template"
 _AUTHORITY = "one-authority.pem"
 _LONG = (
+    "bridge/native/test_stand_in.py",
     "bridge/test_cleaning.py",
     "bridge/test_datasets.py",
     "bridge/test_fleet.py",
@@ -60,6 +61,7 @@ _LONG = (
     "cli/test_demo.py",
     "cli/test_doctor.py",
     "cli/test_gateway_stream.py",
+    "conformance/test_simulator.py",
     "deploy/test_ports.py",
     "doors/test_doors.py",
     "gateway/test_long_lists.py",
@@ -70,17 +72,22 @@ _LONG = (
     "gateway/test_rollback.py",
     "gateway/test_safe_answers.py",
     "gateway/test_streams_of_waiting_tasks.py",
+    "gateway/test_task_uploads.py",
     "gateway/test_temporal_refusals.py",
     "gateway/test_tenant_limits.py",
     "gateway/test_upload_memory.py",
+    "gateway/test_uploads.py",
+    "gateway/test_waiting_start.py",
     "local_stack/test_own_services.py",
     "local_stack/test_stack.py",
     "mutation/test_judging.py",
+    "mutation/test_mutations.py",
     "package/test_both_ways.py",
     "package/test_called_by_workflows.py",
     "package/test_http_streams.py",
     "package/test_scripts_end.py",
     "package/test_sync.py",
+    "package/test_uploads.py",
     "package/test_waiting_start.py",
     "package/test_wheel.py",
     "page/test_cards.py",
@@ -92,6 +99,8 @@ _LONG = (
     "page/test_words.py",
     "runtime/test_logs.py",
     "runtime/test_tracing.py",
+    "simulation/test_private_modules.py",
+    "simulation/test_seeds.py",
     "simulators/test_processes.py",
     "store/test_by_hand.py",
     "store/test_migrations.py",
@@ -106,6 +115,7 @@ _LONG = (
     "workflows/test_continue_as_new.py",
     "workflows/test_corrections.py",
     "workflows/test_encryption.py",
+    "workflows/test_history.py",
     "workflows/test_kills.py",
     "workflows/test_numbers_out_of_range.py",
     "workflows/test_ops.py",
@@ -128,11 +138,12 @@ _LONG = (
     "workflows/test_unseen_rows.py",
     "workflows/test_updates.py",
     "workflows/test_verify.py",
+    "workflows/test_waiting_starts.py",
     "workflows/test_waits.py",
 )
 """Files whose tests take a second each and more: outages, kills, fleets, whole pages, processes, releases, upkeep.
 
-They are a quarter of all tests and take three quarters of the time, so `make test` leaves them to `make test-long`. The
+They are a third of all tests and take four fifths of the time, so `make test` leaves them to `make test-long`. The
 step tables, settlement, attempts, cancels and resets stay in `make test`, whatever they take.
 """
 

@@ -41,5 +41,5 @@ async def test_work_that_breaks_is_logged_and_the_rest_goes_on() -> None:
     with capture_logs() as logs:
         async with running_in_background(breaks(), goes_on()):
             await asyncio.wait_for(went_on.wait(), 5)
-    logged = [line["event"] for line in logs if line["event"] != "outside_call"]  # of other tests, still under way
-    assert logged == ["background work ended"]
+    # Other tests' work may still be under way, and log too.
+    assert [line["event"] for line in logs].count("background work ended") == 1

@@ -57,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On the `field` profile they run in the slow suite; `on_both_profiles`: also in `make test`.
+    """On the `field` profile they run in the slow suite; `on_both_profiles`: in `make test-long`.
 
     `by_contract("why")`: left out, because only a service by our contract does this.
     """
@@ -69,8 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         if item.get_closest_marker("by_contract"):
             left_out.append(item)
-        elif not item.get_closest_marker("on_both_profiles"):
-            item.add_marker(pytest.mark.slow)
+        else:
+            item.add_marker(pytest.mark.long if item.get_closest_marker("on_both_profiles") else pytest.mark.slow)
     if left_out:
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
