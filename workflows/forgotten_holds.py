@@ -112,7 +112,8 @@ class ForgottenHolds:
         # With `keep_one` a charge follows, and whoever makes it records what stays unknown, with its cost.
         if not is_learned and not keep_one and workflow.patched(UNKNOWN_RECORDED):
             self._record_unknown()
-        if self._shows_nameless(first, known=len(known), open_at_most=len(doubtful) + len(may_stand)):
+        named = 0 if self._look.row is None else len(self._look.row.hold_ids)
+        if self._shows_nameless(first, known=max(len(known), named), open_at_most=len(doubtful) + len(may_stand)):
             await self._record_nameless()
         self.is_done = True
         return len(known) > len(own)

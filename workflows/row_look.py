@@ -12,11 +12,13 @@ from activities.task_store import TaskStoreActivities
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.requests import not_left_out
+from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from comfyui_temporal.contracts.task_store import LookOrder, RowSeen, TaskRow
 from workflows.failures import TaskFailed
 from workflows.outside_call import ATTEMPT_TIMEOUT, OutsideCall
 from workflows.step_labels import wait_in
 
+NEWEST_FORGOTTEN: Final = "only-the-newest-forgotten-holds"
 LOOK_WITHIN: Final = timedelta(seconds=15)
 """A store that does not answer for this long counts as away: the ledger alone decides."""
 END_WITHIN: Final = timedelta(minutes=10)
@@ -104,9 +106,13 @@ class RowLook:
         return [] if self.row is None else [job_id for job_id in self.row.job_ids if job_id not in known]
 
     def forgotten_holds(self, known: set[str], *, left_out: int = 0) -> list[str]:
-        """`left_out`: how many ended holds this run counts without keeping them."""
+        """The newest ones, oldest first. `left_out`: how many ended holds this run counts without keeping them."""
         in_order = [] if self.row is None else not_left_out(self.row.hold_ids, known, left_out)
-        return [hold_id for hold_id in in_order if hold_id not in known]
+        forgotten = [hold_id for hold_id in in_order if hold_id not in known]
+        # Older ones have long ended, and a long ledger leaves them out: that they have cannot be seen there.
+        if len(forgotten) > MAX_KEPT_HOLDS and workflow.patched(NEWEST_FORGOTTEN):
+            return forgotten[-MAX_KEPT_HOLDS:]
+        return forgotten
 
 
 class RowRead(RowLook):

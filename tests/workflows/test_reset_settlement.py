@@ -81,6 +81,38 @@ async def test_a_training_that_is_reset_to_before_its_hold_was_renewed_is_charge
     assert (await kinds_of(patient_platform, handle)).count("commit") == 1
 
 
+async def test_a_training_with_more_holds_than_its_ledger_shows_is_charged_once_after_a_reset(
+    patient_platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after weeks of renewals: the answer of a long ledger leaves the oldest holds out, and the row names them."""
+    monkeypatch.setattr("activities.credits.MAX_LEDGER_BYTES", 2_400)
+    monkeypatch.setattr("workflows.row_look.MAX_KEPT_HOLDS", 2)
+    patient_platform.policy |= {"deadline_factor": 20}
+    payer = await new_payer(patient_platform)
+    task = payer.training()
+    await patient_platform.simulators.admin.comfyui.fault(
+        "job_stall", route="create_training", task_id=task["task_id"], times=None
+    )
+    handle = await patient_platform.start(task)
+    await until_started(patient_platform, handle)
+    await patient_platform.until_settled(handle)
+    for renewals in range(1, 13):
+        await patient_platform.pass_time(handle, 1_810)
+        await patient_platform.until(lambda n=renewals: is_renewed(patient_platform, handle, n))  # type: ignore[misc]
+    run = await reset(patient_platform, handle, (await points_of(patient_platform, handle))[0])
+    await patient_platform.until_settled(run)
+    job = await patient_platform.job(run)
+    await patient_platform.simulators.admin.comfyui.act(job.run_id, "finish")
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
+    assert (await kinds_of(patient_platform, handle)).count("commit") == 1
+
+
+async def is_renewed(platform: Platform, handle: Handle, times: int) -> bool:
+    kinds = await kinds_of(platform, handle)
+    return (kinds.count("pre_deduct"), kinds.count("cancel")) == (times + 1, times)
+
+
 async def test_a_training_that_is_reset_to_its_open_window_is_not_short_of_what_it_holds(
     patient_platform: Platform,
 ) -> None:
