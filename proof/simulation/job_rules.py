@@ -177,7 +177,7 @@ class JobRules:
 
     def _reasons(self, at: float) -> set[str]:
         """Those that no job of the task gave."""
-        reasons = self._refused() | self._reasons_of_balance()
+        reasons = self._refused(at) | self._reasons_of_balance()
         if self._world.scenario.has_wrong_input:
             reasons.add(FailureCode.INPUT_INVALID)
         return reasons if self._world.scenario.is_image else reasons | self._reasons_of_training(at)
@@ -191,16 +191,17 @@ class JobRules:
             reasons.add(FailureCode.TIMEOUT)
         return reasons
 
-    def _refused(self) -> set[str]:
+    def _refused(self, at: float) -> set[str]:
         """Codes of the definite refusals that the run received, and of services that could not be reached for long."""
         codes: set[str] = set()
         unanswered: defaultdict[tuple[str, str], float] = defaultdict(float)
-        for call in self._calls(*SETUP_OF):
+        # What was in flight at a reset is repeated, and only its first sending is kept here, without an outcome.
+        for call in self._sent(*SETUP_OF) if self._world.is_reset else self._calls(*SETUP_OF):
             refusal = getattr(call.outcome, "refusal", None)
             if refusal is not None:
                 codes.add(refusal.code.value)
             elif call.outcome is None and not call.is_local and call.cancel_asked_at is None:
-                unanswered[call.name, key_of(call)] += (call.resolved_at or 0.0) - call.scheduled_at
+                unanswered[call.name, key_of(call)] += (call.resolved_at or at) - call.scheduled_at
         limit = 60 * self._world.scenario.policy.opening_call_minutes - LAST_BACKOFF
         for (name, _), seconds in unanswered.items():
             if seconds >= limit:
@@ -211,8 +212,12 @@ class JobRules:
 
     def _calls(self, *names: str) -> list[Call]:
         """Calls of these names whose outcome the run received, but for those of the undo."""
+        return [call for call in self._sent(*names) if call.resolved_at is not None]
+
+    def _sent(self, *names: str) -> list[Call]:
+        """Calls of these names, but for those of the undo."""
         calls = [call for name in names for call in self._world.witness.calls.get(name, ())]
-        return [c for c in calls if c.resolved_at is not None and not getattr(c.argument, "is_undo", False)]
+        return [call for call in calls if not getattr(call.argument, "is_undo", False)]
 
     def _was_unreadable(self, attempt: Attempt, at: float) -> bool:
         """Whether a job's state stayed unreadable for 15 minutes, or until a deadline."""

@@ -282,7 +282,8 @@ class RecordRules:
             "undo_job": (*CANCELS, *SUBMITS),
         }
         calls = [call for name in names.get(step, ()) for call in self._world.witness.calls.get(name, ())]
-        return any(self._is_refused(call) for call in calls if str(number_of(key_of(call))) == n)
+        # A hold of an earlier life has no number: key and record name its id.
+        return any(self._is_refused(call) for call in calls if key_of(call).rpartition(":")[2] == n)
 
     def _is_refused(self, call: Call) -> bool:
         if call.resolved_at is None:

@@ -9,6 +9,7 @@ from comfyui_temporal.contracts.errors import Answer, ExceptionCode
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState
+from proof.simulation.calls import Call
 from proof.simulation.hold_rules import HoldRules
 from proof.simulation.invariants import World, must
 from proof.simulation.price_rules import Prices
@@ -170,9 +171,16 @@ class SettlementRules:
             return True
         # The next hold is requested once the one before the present hold is given back.
         calls = [*witness.calls.get("pre_deduct", ()), *witness.calls.get("cancel_hold", ())]
-        asking = [call for call in calls if (call.resolved_at or last.at) >= last.at]
+        asking = [
+            call for call in calls if (call.resolved_at or last.at) >= last.at or self._is_looked_up(call, last.at)
+        ]
         is_heard_at_once = self._holds.followed_since(attempt) >= last.at
         return bool(asking) or is_heard_at_once or self._prices.known_before(attempt, last) <= self.usable
+
+    def _is_looked_up(self, call: Call, at: float) -> bool:
+        """Whether the ledger is still searched for the end of a hold, whose cancel was refused."""
+        is_refused = isinstance(call.outcome, Answer) and call.outcome.refusal is not None
+        return call.name == "cancel_hold" and is_refused and (call.resolved_at or at) + LOOKS_FOR_SECONDS >= at
 
     def _check_reported(self, charged: int, reported: CreditsSummary) -> None:
         estimate = self._last_estimate()
