@@ -27,13 +27,15 @@ from workflows.task_ledger import TaskLedger
 READ_WITHIN: Final = timedelta(seconds=30)
 """A ledger that cannot be read in time is left to the next hour: one outage delays no pass."""
 READS_AT_ONCE: Final = 10
+CHARGE_IS_ENOUGH: Final = "settlement-corrected-by-a-charge-without-a-hold"
 
 
 def corrected(recorded: CreditsSummary, ledger: TaskLedger, *, price: int | None = None) -> CreditsSummary | None:
     """The credits as the ledger shows them now; None where it still does not show the end."""
     charged, stands = ledger.charged(), ledger.open_holds()
-    if charged is None or not ledger.is_complete or not ledger.holds:
-        return None
+    was_held = bool(recorded.held or recorded.pre_deduct_count)
+    if charged is None or not ledger.is_complete or not (ledger.holds or (ledger.charges and not was_held)):
+        return None  # an entry that is absent proves nothing
     if charged == 0 and (stands.named or stands.nameless):
         return None  # its points have not been returned
     return recorded.settled(charged=charged, returned=max(0, recorded.held - charged), price=price)
@@ -76,8 +78,9 @@ class Corrections:
         )
         if answer.reply is None:
             return False
-        credits = corrected(task.credits, TaskLedger.of(answer.reply), price=task.price)
-        if credits is None:
+        ledger = TaskLedger.of(answer.reply)
+        credits = corrected(task.credits, ledger, price=task.price)
+        if credits is None or not (ledger.holds or workflow.patched(CHARGE_IS_ENOUGH)):
             return False
         record = TaskException(
             key="settlement_corrected",

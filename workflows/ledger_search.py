@@ -16,8 +16,9 @@ from temporalio.exceptions import FailureError
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import LedgerQuery
 from comfyui_temporal.contracts.credits import LedgerEntry, LedgerKind
-from comfyui_temporal.contracts.requests import HoldState, RequestedHold
+from comfyui_temporal.contracts.requests import HoldState, RequestedHold, RequestOutcome
 from workflows.outside_call import OutsideCall
+from workflows.row_look import RowLook
 from workflows.step_labels import wait_in
 from workflows.task_ledger import Found, HoldFate, OpenHolds, TaskLedger
 
@@ -33,6 +34,7 @@ BY_KIND_OR_REASON: Final = "ledger-by-kind-or-reason"
 BY_SIZE: Final = "commit-of-another-hold-by-its-size"
 ALL_ENDED: Final = "no-doubled-hold-where-all-have-ended"
 BY_COMMITS: Final = "fate-by-commits-without-charges"
+NONE_TAKEN: Final = "charge-absent-from-a-ledger-without-any-hold"
 
 
 class Shown(Enum):
@@ -49,9 +51,10 @@ class Shown(Enum):
 class LedgerSearch:
     """Searches the ledger of one task."""
 
-    def __init__(self, outside: OutsideCall, holds: HoldState) -> None:
+    def __init__(self, outside: OutsideCall, holds: HoldState, look: RowLook) -> None:
         self._outside = outside
         self._holds = holds
+        self._look = look
         self.newest: TaskLedger | None = None
         """The last reading."""
 
@@ -141,10 +144,20 @@ class LedgerSearch:
         if shown is not None:
             return shown
         last = self.newest
-        is_whole = last is not None and last.is_complete and not last.unknown and bool(last.holds)
+        is_whole = last is not None and last.is_complete and not last.unknown and self._shows_holds(last)
         if last is not None and len(last.commits) < self._holds.committed:
             is_whole = False  # it lacks entries from before the charge, so it may lack the charge as well
         return Shown.ABSENT if is_whole else Shown.UNKNOWN
+
+    def _shows_holds(self, ledger: TaskLedger) -> bool:
+        """Whether a ledger shows a hold of the task, or need not: no life of the task has taken any."""
+        return bool(ledger.holds) or (not self._may_have_held() and workflow.patched(NONE_TAKEN))
+
+    def _may_have_held(self) -> bool:
+        if self._holds.granted or any(hold.outcome is not RequestOutcome.REFUSED for hold in self._holds.asked):
+            return True
+        row, earlier = self._look.row, self._outside.earlier
+        return earlier.is_possible and (row is None or earlier.life.is_row_missing or bool(row.hold_ids))
 
     def charged_without_hold(self) -> int:
         """Points that the last reading shows taken by charges."""

@@ -88,10 +88,10 @@ class TaskHolds:
         self._summary_in_row: CreditsSummary | None = None
         self._releasing: asyncio.Task[None] | None = None
         self._forgetting: asyncio.Task[None] | asyncio.Task[bool] | None = None
-        self.ledger = LedgerSearch(outside, state)
+        self._look = look or RowLook(outside)
+        self.ledger = LedgerSearch(outside, state, self._look)
         self.ends = HoldEnds(state)
         self._doubled = DoubledHolds(state, self.ledger, record, self._cancel)
-        self._look = look or RowLook(outside)
         self.forgotten = ForgottenHolds(state, self.ledger, self.ends, record, self._look, self._cancel)
 
     def carry(self) -> HoldState:

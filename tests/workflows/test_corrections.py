@@ -11,8 +11,9 @@ import pytest
 import pytest_asyncio
 from temporalio.testing import WorkflowEnvironment
 
+from comfyui_temporal.contracts.credits import CHARGE_REASON, LedgerEntry
 from comfyui_temporal.contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult
-from comfyui_temporal.contracts.tasks import SettlementState, TaskStatus
+from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskStatus
 from proof.simulators.admin_wire import Fault
 from store import TaskStore
 from store.by_hand import Found
@@ -23,6 +24,8 @@ from tests.workflows.platform import Handle, Platform, running_platform, task_id
 from tests.workflows.resets import points_of, reset
 from tests.workflows.test_settlement import expired, start_reporting
 from workflows import ledger_search
+from workflows.correction import corrected
+from workflows.task_ledger import TaskLedger
 
 HD = 18 + 6
 """The price of a standard image, in points."""
@@ -137,6 +140,17 @@ async def test_what_a_corrected_task_was_not_charged_is_its_shortfall(alone: Pla
     known = {"settlement": SettlementState.SETTLED, "charged": 0, "returned": HD, "shortfall": HD}
     assert await credits_in_row(alone, handle) == {**result["credits"], **known}
     assert (await records_of(alone, handle))["shortfall"] == {"shortfall": HD}
+
+
+@pytest.mark.parametrize(("held", "shown", "charged"), [(0, True, HD), (0, False, None), (HD, True, None)])
+def test_a_charge_alone_settles_a_task_that_was_never_held(held: int, shown: bool, charged: int | None) -> None:
+    """Where a hold was taken its commit may be missing still; an empty ledger proves nothing."""
+    charge = LedgerEntry(
+        ledger_id="1", change=-HD, balance_after=0, reason=CHARGE_REASON, task_id="t", created_at=datetime.now(UTC)
+    )
+    recorded = CreditsSummary(held=held, settlement=SettlementState.UNKNOWN)
+    found = corrected(recorded, TaskLedger([charge] if shown else []), price=HD)
+    assert (found.charged if found else None) == charged
 
 
 async def test_the_part_of_a_price_that_was_never_charged_is_the_shortfall_once_corrected(alone: Platform) -> None:

@@ -10,17 +10,19 @@ import pytest
 from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.simulators.admin_wire import RunSeen
-from tests.workflows.books import ended
+from tests.workflows.books import ended, give_back
 from tests.workflows.payers import (
     Payer,
     holds_of,
     kinds_of,
     new_payer,
+    row_of,
     until_kinds,
     until_price_shown,
     until_started,
 )
 from tests.workflows.platform import Handle, Platform, task_id_of
+from tests.workflows.resets import points_of, reset
 
 BASE = 120
 """The price of a training of up to one GPU hour, in points; each further hour costs 60."""
@@ -169,16 +171,81 @@ async def test_a_price_that_rises_from_0_with_the_delivery_is_charged_or_recorde
 ) -> None:
     payer = await new_payer(patient_platform, balance)
     handle, training_id = await start_free_training(patient_platform, payer)
-    comfyui = patient_platform.simulators.admin.comfyui
-    await comfyui.fault("callback_withhold", task_id=task_id_of(handle), times=None)
-    await comfyui.act(training_id, "lie", fields={"gpu_hours_used": 3.0})
-    await comfyui.act(training_id, "finish")
-    await patient_platform.pass_time(handle, 301)
+    await deliver_three_hours(patient_platform, handle, training_id)
     ending = await ended(patient_platform, handle)
     charged, missing = (120, 0) if balance == 1_000 else (0, 120)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, charged)
     assert ending.result["credits"]["shortfall"] == missing
     assert ending.exceptions == (["shortfall"] if missing else [])
+
+
+@pytest.mark.parametrize("fault", ["no answer", "lost answer"])
+async def test_a_price_that_rises_from_0_with_the_delivery_is_charged_though_a_call_fails(
+    patient_platform: Platform, fault: str
+) -> None:
+    """No hold was ever taken: the ledger of such a task is empty until the charge acts."""
+    payer = await new_payer(patient_platform)
+    handle, training_id = await start_free_training(patient_platform, payer)
+    charge = {"route": "charge", "task_id": task_id_of(handle)}
+    credits = patient_platform.simulators.admin.credits
+    if fault == "no answer":
+        fails = await credits.fault("error", **charge, status=503)
+    else:
+        fails = await credits.fault("drop", **charge)
+    await deliver_three_hours(patient_platform, handle, training_id)
+    await patient_platform.until_hit("charge", fails)
+    if fault == "no answer":
+        await patient_platform.pass_time(handle, 700)
+    ending = await ended(patient_platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 120, [])
+    assert ending.result["credits"]["settlement"] == "settled"
+    assert await kinds_of(patient_platform, handle) == ["charge"]
+
+
+async def test_a_price_that_rises_from_0_with_the_delivery_is_charged_after_a_reset(patient_platform: Platform) -> None:
+    """An earlier life may have charged it: the ledger is looked at for ten minutes first."""
+    payer = await new_payer(patient_platform)
+    handle, training_id = await start_free_training(patient_platform, payer)
+    await patient_platform.until_settled(handle)
+    run = await reset(patient_platform, handle, (await points_of(patient_platform, handle))[0])
+    await patient_platform.until_settled(run)
+    await deliver_three_hours(patient_platform, run, training_id)
+    await patient_platform.until_settled(run)
+    await patient_platform.pass_time(run, 700)
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 120, [])
+    assert ending.result["credits"]["settlement"] == "settled"
+    assert await kinds_of(patient_platform, handle) == ["charge"]
+
+
+async def test_a_price_that_rises_from_0_with_the_delivery_is_charged_by_a_give_back(
+    patient_platform: Platform,
+) -> None:
+    """The run was terminated while it charged, and no hold was ever taken."""
+    payer = await new_payer(patient_platform)
+    handle, training_id = await start_free_training(patient_platform, payer)
+    unsent = await patient_platform.simulators.admin.credits.fault(
+        "drop", route="charge", task_id=task_id_of(handle), when="before"
+    )
+    await deliver_three_hours(patient_platform, handle, training_id)
+    await patient_platform.until_hit("charge", unsent)
+    await handle.terminate()
+    giving_back = await give_back(patient_platform, handle)
+    await patient_platform.until_settled(giving_back)
+    await patient_platform.pass_time(giving_back, 700)
+    assert (await giving_back.result())["outcome"] == "already_charged"
+    row = await row_of(patient_platform, handle)
+    assert (row.status, row.credits.charged, row.credits.shortfall) == (TaskStatus.COMPLETED, 120, 0)
+    assert await kinds_of(patient_platform, handle) == ["charge"]
+
+
+async def deliver_three_hours(platform: Platform, handle: Handle, training_id: str) -> None:
+    """End a training that was free until now: only its delivery says that it took three hours."""
+    comfyui = platform.simulators.admin.comfyui
+    await comfyui.fault("callback_withhold", task_id=task_id_of(handle), times=None)
+    await comfyui.act(training_id, "lie", fields={"gpu_hours_used": 3.0})
+    await comfyui.act(training_id, "finish")
+    await platform.pass_time(handle, 301)
 
 
 async def has_amount(platform: Platform, handle: Handle, amount: int) -> bool:
