@@ -38,6 +38,7 @@ FIRST_HOLD: Final = "free-training-held-once-its-price-rises"
 NOTHING_HELD: Final = "Nothing was held for the task's price, and the hold was refused."
 FORGOTTEN_FIRST: Final = "hold-of-an-earlier-life-given-back-where-the-balance-is-short"
 FORGOTTEN_BEFORE_FIRST: Final = "hold-of-an-earlier-life-given-back-before-the-first-hold"
+LANDED_FIRST: Final = "calls-of-an-earlier-life-awaited-where-the-balance-is-short"
 TOO_SHORT: Final = "The balance was too short for the renewal and the old hold together."
 
 _TOP_UP: Final = next(row.advice for row in CREDITS_ERRORS if row.failure is FailureCode.INSUFFICIENT_BALANCE)
@@ -184,7 +185,7 @@ class CreditHold(TaskHolds):
         if self.forgotten.is_done or not self._outside.earlier.is_possible or not workflow.patched(FORGOTTEN_FIRST):
             return False
         before = self.forgotten.cancelled
-        self._forgetting = giving_back = asyncio.create_task(self.forgotten.give_back())
+        self._forgetting = giving_back = asyncio.create_task(self._forgotten_back())
         await back(giving_back.done)
         if not giving_back.done():
             return False
@@ -193,6 +194,13 @@ class CreditHold(TaskHolds):
             return False
         self._record_uncovered("The balance was too short for a hold beside that from before the run was reset.")
         return True
+
+    async def _forgotten_back(self) -> None:
+        """A call of the earlier life may be in flight still: its hold has no id in the row before it has ended."""
+        if workflow.patched(LANDED_FIRST):
+            await self._look.once()
+            await self._look.once_all_has_landed()
+        await self.forgotten.give_back()
 
     async def _top_up_without_cover(self, old: RequestedHold, cost: int) -> None:
         await self._release(old, "topped up", self._returned_in_time)

@@ -21,6 +21,7 @@ from tests.workflows.payers import (
     kinds_of,
     new_payer,
     refuse_cancels,
+    row_of,
     until_started,
 )
 from tests.workflows.platform import Handle, Platform, task_id_of
@@ -134,6 +135,34 @@ async def test_a_training_that_is_reset_to_its_open_window_is_not_short_of_what_
     await patient_platform.simulators.admin.comfyui.act(job.run_id, "finish")
     ending = await ended(patient_platform, run)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 120)
+
+
+async def test_a_task_that_is_reset_while_its_hold_is_requested_is_not_short_of_it(patient_platform: Platform) -> None:
+    """The balance is enough for one hold, which the earlier life's call takes; its answer comes after the reset."""
+    payer = await new_payer(patient_platform, HD)
+    await payer.has_plain_service()
+    task = payer.image()
+    credits = patient_platform.simulators.admin.credits
+    await credits.fault("delay", route="pre_deduct", task_id=task["task_id"], seconds=3, when="after")
+    await patient_platform.simulators.admin.comfyui.fault("job_stall", route="submit_job", task_id=task["task_id"])
+    handle = await patient_platform.start(task)
+    await patient_platform.until(lambda: has_kinds(patient_platform, handle, "pre_deduct"))
+    run = await reset(patient_platform, handle, await point_before(patient_platform, handle, "pre_deduct"))
+
+    async def refused_and_noted() -> bool:
+        asked = await credits.requests_seen("pre_deduct", task_id_of(handle))
+        return len(asked) > 1 and bool((await row_of(patient_platform, handle)).hold_ids)
+
+    await patient_platform.until(refused_and_noted)
+    await patient_platform.until_settled(run)
+    await patient_platform.pass_time(run, IN_FLIGHT_SECONDS)
+    await until_started(patient_platform, run)
+    job = await patient_platform.job(run)
+    await patient_platform.simulators.admin.comfyui.act(job.run_id, "finish")
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged, await payer.balance()) == (TaskStatus.COMPLETED, HD, 0)
+    assert ending.exceptions == ["uncovered"]
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel", "pre_deduct", "commit"]
 
 
 async def test_a_hold_that_had_ended_before_the_reset_gives_nothing_back(patient_platform: Platform) -> None:
