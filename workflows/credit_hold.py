@@ -37,6 +37,7 @@ POINTS_AWAITED: Final = "points-of-the-old-hold-awaited-by-the-next-run"
 FIRST_HOLD: Final = "free-training-held-once-its-price-rises"
 NOTHING_HELD: Final = "Nothing was held for the task's price, and the hold was refused."
 FORGOTTEN_FIRST: Final = "hold-of-an-earlier-life-given-back-where-the-balance-is-short"
+FORGOTTEN_BESIDE: Final = "hold-of-an-earlier-life-given-back-before-an-own-one"
 FORGOTTEN_BEFORE_FIRST: Final = "hold-of-an-earlier-life-given-back-before-the-first-hold"
 LANDED_FIRST: Final = "calls-of-an-earlier-life-awaited-where-the-balance-is-short"
 TOO_SHORT: Final = "The balance was too short for the renewal and the old hold together."
@@ -170,8 +171,8 @@ class CreditHold(TaskHolds):
             await self._take(cost, self._request_setup, self._outside.may_begin, self._returned_in_time)
         except HoldRefused as refused:
             is_short = refused.refusal.code is FailureCode.INSUFFICIENT_BALANCE
-            if is_short and old is None and await self._forgotten_given_back(self._returned_in_time):
-                await self._top_up(None, cost)
+            if is_short and await self._forgotten_given_back(self._returned_in_time):
+                await self._top_up(old, cost)
                 return
             if old is None or not is_short:
                 raise TaskFailed.by_refusal(refused.refusal) from None
@@ -184,6 +185,9 @@ class CreditHold(TaskHolds):
         """Give back what an earlier life holds: a service without keys takes a second hold. Once. Whether one ended."""
         if self.forgotten.is_done or not self._outside.earlier.is_possible or not workflow.patched(FORGOTTEN_FIRST):
             return False
+        was_covered = self.standing is not None
+        if was_covered and not workflow.patched(FORGOTTEN_BESIDE):
+            return False
         before = self.forgotten.cancelled
         self._forgetting = giving_back = asyncio.create_task(self._forgotten_back())
         await back(giving_back.done)
@@ -192,7 +196,8 @@ class CreditHold(TaskHolds):
         giving_back.result()
         if self.forgotten.cancelled == before:
             return False
-        self._record_uncovered("The balance was too short for a hold beside that from before the run was reset.")
+        if not was_covered:
+            self._record_uncovered("The balance was too short for a hold beside that from before the run was reset.")
         return True
 
     async def _forgotten_back(self) -> None:
@@ -342,12 +347,12 @@ class CreditHold(TaskHolds):
             if old is None:
                 await self._first_refused(amount, refused.refusal)
                 return
-            left = self._life_of(old)
-            if left > LAST_SECONDS:
-                self.state.next_renewal_at = workflow.now() + max(left / 2, min(left - LAST_SECONDS, LAST_SECONDS))
+            is_last = self._life_of(old) <= LAST_SECONDS
+            if is_last or not await self._taken_again(amount, refused.refusal):
+                await self._refused_beside(old, amount)
                 return
-            await self._replace_without_cover(old, amount)
-            return
+            if self.standing is old:
+                return
         self.state.next_renewal_at = None
         if old is None:
             return
@@ -356,16 +361,24 @@ class CreditHold(TaskHolds):
             self.state.uncovered_since = None
         await self._release(old, "renewed")
 
+    async def _refused_beside(self, old: RequestedHold, amount: int) -> None:
+        """The old hold is kept while it lasts."""
+        left = self._life_of(old)
+        if left > LAST_SECONDS:
+            self.state.next_renewal_at = workflow.now() + max(left / 2, min(left - LAST_SECONDS, LAST_SECONDS))
+            return
+        await self._replace_without_cover(old, amount)
+
     async def _first_refused(self, amount: int, refusal: Refusal) -> None:
         """A task that was free has a price now, and no hold: it is without cover."""
-        if not workflow.patched(FIRST_HOLD) or await self._first_taken_again(amount, refusal):
+        if not workflow.patched(FIRST_HOLD) or await self._taken_again(amount, refusal):
             return
         self._record_uncovered(NOTHING_HELD)
         self.state.uncovered_since = since = workflow.now()
         self.state.checkpoint_passed = False
         await self._cover_after_gap(amount, since)
 
-    async def _first_taken_again(self, amount: int, refusal: Refusal) -> bool:
+    async def _taken_again(self, amount: int, refusal: Refusal) -> bool:
         """Where an earlier life holds the points: give them back. Returns whether they are held now, or need not be."""
         is_short = refusal.code is FailureCode.INSUFFICIENT_BALANCE and self._outside.earlier.is_possible
         if not is_short or not workflow.patched(FORGOTTEN_BEFORE_FIRST):

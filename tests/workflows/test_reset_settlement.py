@@ -28,7 +28,7 @@ from tests.workflows.platform import Handle, Platform, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, work_goes_on
 from tests.workflows.resets import point_before, points_of, reset
 from tests.workflows.test_settlement import cancelled_by_another_caller, delivered, start_reporting
-from tests.workflows.test_training_price import start_free_training
+from tests.workflows.test_training_price import start_free_training, until_refused
 from workflows import charges
 
 HD = 18 + 6
@@ -163,6 +163,32 @@ async def test_a_task_that_is_reset_while_its_hold_is_requested_is_not_short_of_
     assert (ending.status, ending.charged, await payer.balance()) == (TaskStatus.COMPLETED, HD, 0)
     assert ending.exceptions == ["uncovered"]
     assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel", "pre_deduct", "commit"]
+
+
+async def test_a_dearer_hold_of_a_reset_training_is_taken_once_the_hold_of_before_is_given_back(
+    patient_platform: Platform,
+) -> None:
+    """120 points are held by each life, and 60 are left: 180 can be held beside one of them."""
+    payer = await new_payer(patient_platform, 300)
+    await payer.has_plain_service()
+    comfyui = patient_platform.simulators.admin.comfyui
+    task = payer.training(max_credits=360)
+    await comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
+    handle = await patient_platform.start(task)
+    training = await until_started(patient_platform, handle)
+    await patient_platform.until_settled(handle)
+    run = await reset_to_its_start(patient_platform, handle, holds=2)
+    await comfyui.act(training.run_id, "gpu_hours", gpu_hours=2)
+    await until_refused(patient_platform, payer)
+    await patient_platform.until_settled(run)
+    await patient_platform.pass_time(run, IN_FLIGHT_SECONDS)
+    renewed = (*HELD_AGAIN, "pre_deduct", "cancel")
+    await patient_platform.until(lambda: has_kinds(patient_platform, handle, *renewed))
+    await comfyui.act(training.run_id, "finish")
+    ending = await ended(patient_platform, run)
+    assert (ending.status, ending.charged, ending.result["credits"]["shortfall"]) == (TaskStatus.COMPLETED, 180, 0)
+    assert "uncovered" not in ending.exceptions
+    assert await kinds_of(patient_platform, handle) == [*renewed, "commit"]
 
 
 async def test_a_hold_that_had_ended_before_the_reset_gives_nothing_back(patient_platform: Platform) -> None:
