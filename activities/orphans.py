@@ -136,7 +136,7 @@ class HistoryReader:
                 await self._take_answer(event)
             case Happened.EVENT_TYPE_WORKFLOW_TASK_FAILED:
                 if event.workflow_task_failed_event_attributes.cause == _RESET:
-                    self._first_charges.clear()  # an earlier life, whose events these are, may have sent them
+                    self._take_reset()
             case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED:
                 completed = event.workflow_execution_completed_event_attributes
                 await self._take_result(completed.result.payloads, event)
@@ -144,6 +144,12 @@ class HistoryReader:
                 self._orphans.own_end = OwnEnd(status=TaskStatus.CANCELLED)
             case Happened.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED:
                 await self._take_failure(event.workflow_execution_failed_event_attributes.failure, event)
+
+    def _take_reset(self) -> None:
+        """What was read until now is of an earlier life, also where the row does not know of the reset."""
+        self._first_charges.clear()  # it may have sent them
+        row = self._orphans.row
+        self._orphans.row = row.model_copy(update={"lives": max(1, row.lives)})
 
     async def _take_continuation(self, event: HistoryEvent) -> None:
         started = event.workflow_execution_started_event_attributes

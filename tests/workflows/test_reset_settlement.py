@@ -6,12 +6,15 @@ The platform's own credits service ignores keys. Its ledger shows no kinds and n
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.tasks import TaskStatus
-from tests.workflows.books import ended
+from store import TaskStore
+from tests.workflows.books import ended, give_back
 from tests.workflows.payers import (
     Payer,
     end_open_holds,
@@ -24,7 +27,7 @@ from tests.workflows.payers import (
     row_of,
     until_started,
 )
-from tests.workflows.platform import Handle, Platform, task_id_of
+from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, work_goes_on
 from tests.workflows.resets import point_before, points_of, reset
 from tests.workflows.test_settlement import cancelled_by_another_caller, delivered, start_reporting
@@ -320,6 +323,35 @@ async def test_a_training_that_is_reset_between_two_parts_of_a_charge_is_charged
     assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel", "charge", "charge"]
 
 
+async def test_a_part_that_acted_before_a_reset_is_not_charged_again_by_the_give_back(
+    skipping_env: WorkflowEnvironment, task_store: TaskStore, tmp_path: Path
+) -> None:
+    """The reset run is terminated before any call of it: the row knows the run before it alone. The ledger shows the
+    second part late.
+    """
+    async with running_platform(skipping_env, task_store, tmp_path, speed=1.0) as platform:
+        payer = await new_payer(platform)
+        await payer.has_plain_service()
+        credits = platform.simulators.admin.credits
+        both = ("pre_deduct", "cancel", "charge", "charge")
+        async with platform.worker():
+            await credits.fault("drop", route="charge", tenant_id=payer.tenant_id, nth=2)
+            handle = await between_two_parts(platform, payer, kind="delay", when="before", seconds=3)
+            await credits.advance(100)
+            await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=60)
+            await platform.until(lambda: has_kinds(platform, handle, *both))
+        run = await reset(platform, handle, await point_before(platform, handle, "charge", nth=2))
+        await run.terminate("by a test")
+        async with platform.worker():
+            giving_back = await give_back(platform, handle)
+            await platform.until_settled(giving_back)
+            await platform.pass_time(giving_back, 700)
+            assert (await giving_back.result())["outcome"] == "already_charged"
+        row = await row_of(platform, handle)
+        assert (row.lives, row.status, row.credits.charged) == (0, TaskStatus.COMPLETED, 2_460)
+        assert await kinds_of(platform, handle) == list(both)
+
+
 async def test_a_training_that_is_reset_after_its_commit_keeps_its_shortfall(patient_platform: Platform) -> None:
     """120 points were held and committed, 240 used; the run is reset before its end is written."""
     payer = await new_payer(patient_platform)
@@ -360,11 +392,17 @@ async def test_a_part_that_an_earlier_life_charged_is_counted_once_where_the_nex
     assert [-entry.change for entry in shown if entry.kind == "charge"] == [HD - 4, 4]
 
 
-async def between_two_parts(platform: Platform, payer: Payer) -> Handle:
-    """A training whose hold was given back by another caller; the first part is charged, the second is never sent."""
+async def between_two_parts(
+    platform: Platform, payer: Payer, *, kind: str = "drop", when: str = "before", **parameters: Any
+) -> Handle:
+    """A training whose hold was given back by another caller; the first part is charged, the second is never sent.
+
+    `kind` and the rest: another fault of the second part's call.
+    """
     task = payer.training(max_credits=5_000)
     admin = platform.simulators.admin
-    second = await admin.credits.fault("drop", route="charge", task_id=task["task_id"], when="before", nth=2)
+    charge = {"route": "charge", "task_id": task["task_id"]}
+    second = await admin.credits.fault(kind, **charge, nth=2, when=when, **parameters)
     handle = await start_reporting(platform, task, gpu_hours=40, gpu_hours_used=40)
     run = await until_started(platform, handle)
     await admin.comfyui.act(run.run_id, "lie", fields={"gpu_hours": 40, "gpu_hours_used": 40})
