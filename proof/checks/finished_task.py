@@ -60,6 +60,9 @@ class Exempt(StrEnum):
     """Workflow tasks were made to fail."""
     CHARGE_HIDDEN = "charge_hidden"
     """The ledger lags by more than the ten minutes for which it is searched: an earlier life's charge stays unseen."""
+    CHARGED_TWICE = "charged_twice"
+    """A service without keys, whose ledger showed an unanswered charge only after those ten minutes: it was sent again,
+    and is reported once."""
     RESET = "reset"
     """The run may have been reset, which the server records as a failed workflow task."""
     PRICE = "price"

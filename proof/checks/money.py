@@ -65,7 +65,8 @@ def check_charges(task: FinishedTask, expected: Expected, exempt: frozenset[Exem
         findings.must(is_recorded, Rule.MISCHARGE, f"{taken} points were taken, none are reported, and no record why")
         return
     rule = Rule.DOUBLE_CHARGE if taken > reported else Rule.MISCHARGE
-    findings.must(taken == reported, rule, f"{taken} points were taken, {reported} are reported")
+    is_exempt = taken > reported and Exempt.CHARGED_TWICE in exempt
+    findings.must(taken == reported or is_exempt, rule, f"{taken} points were taken, {reported} are reported")
 
 
 def check_credits(task: FinishedTask, findings: Findings) -> None:
@@ -93,7 +94,8 @@ def check_points_in_events(task: FinishedTask, exempt: frozenset[Exempt], findin
     if not task.has_ended or is_unknown or Exempt.POINTS_IN_EVENTS in exempt:
         return
     moved, taken = sum(event.credits_delta or 0 for event in task.events), task.charges.taken
-    findings.must(moved == -taken, Rule.MISCHARGE, f"the events move {moved} points, {taken} were charged")
+    is_exempt = -moved < taken and Exempt.CHARGED_TWICE in exempt
+    findings.must(moved == -taken or is_exempt, Rule.MISCHARGE, f"the events move {moved} points, {taken} were charged")
 
 
 def check_handed_out(task: FinishedTask, expected: Expected, findings: Findings) -> None:

@@ -356,6 +356,8 @@ class Oracle:
         exempt = _EXEMPT | ({Exempt.POINTS_IN_EVENTS} if not_found else frozenset())
         if self._parties.credits.terms.lag_seconds >= LOOKS_FOR_SECONDS:
             exempt |= {Exempt.CHARGE_HIDDEN}
+        if self._settlement.may_be_charged_twice:
+            exempt |= {Exempt.CHARGED_TWICE}
         findings = judge(task, exempt=exempt)
         must(not findings, "", *(f"{finding.rule}: {finding}" for finding in findings))
 

@@ -57,6 +57,8 @@ class SettlementRules:
     def check_after_reset(self, charged: int) -> None:
         """What is charged is the price of a job that was delivered, under a hold of any life."""
         prices = self._prices_of_all_lives()
+        if charged > max(prices | {0}) and self.may_be_charged_twice:
+            return
         must(charged <= max(prices | {0}), "charged more than any of the jobs costs:", charged, *sorted(prices))
         if self._world.is_completed and charged not in prices:
             may_be_short = self._may_be_short_after_reset(charged, prices)
@@ -84,7 +86,7 @@ class SettlementRules:
         assert attempt is not None
         price = self._prices.of_delivery(attempt, self.usable)
         self.shortfall = price - charged
-        if self.shortfall < 0 and self._may_be_charged_twice():
+        if self.shortfall < 0 and self.may_be_charged_twice:
             self.shortfall = 0
         must(self.shortfall >= 0, f"charged {charged}, more than it costs:", price)
         if self.is_unknown:
@@ -92,8 +94,9 @@ class SettlementRules:
         elif self.shortfall:
             must(self._may_be_short(price), f"charged {charged} of {price} points without a reason to charge less")
 
-    def _may_be_charged_twice(self) -> bool:
-        """Exempt: a service that keeps no keys, and whose ledger shows a charge only after the search has ended."""
+    @property
+    def may_be_charged_twice(self) -> bool:
+        """Exempt.CHARGED_TWICE: no keys are kept, and the ledger shows a charge only after the search has ended."""
         terms = self._world.parties.credits.terms
         return terms.is_field and terms.lag_seconds >= LOOKS_FOR_SECONDS and self._is_charge_unanswered()
 
@@ -211,6 +214,9 @@ class SettlementRules:
         moved = sum(event.credits_delta or 0 for event in events if event.event is EventType.CREDITS)
         is_exempt = {ExceptionCode.SETTLEMENT_UNKNOWN, ExceptionCode.HOLD_LEFT_TO_EXPIRY} & self._world.recorded_codes()
         not_found = [message for _, message in self._world.witness.refusals("cancel_hold") if "not_found" in message]
+        is_twice = -moved < charged and self.may_be_charged_twice
         must(
-            bool(is_exempt or not_found) or moved == -charged, f"the events move {moved} points, charged were", charged
+            bool(is_exempt or not_found or is_twice) or moved == -charged,
+            f"the events move {moved} points, charged were",
+            charged,
         )

@@ -119,6 +119,14 @@ def test_another_charge_than_is_reported_is_found(charges: Charges, rule: Rule) 
     assert rule in broken(task(charges=charges, records=[UNKNOWN])), "a record excuses no wrong figure"
 
 
+@pytest.mark.parametrize(("taken", "is_exempt"), [(40, True), (19, False)])
+def test_a_charge_that_may_have_been_sent_twice_is_exempt_by_name(taken: int, is_exempt: bool) -> None:
+    """Never one of fewer points than are reported."""
+    charged = task(charges=Charges(taken, charges=2))
+    assert broken(charged, Expected()) != set()
+    assert (broken(charged, Expected(), Exempt.CHARGED_TWICE) == set()) is is_exempt
+
+
 @pytest.mark.parametrize(
     ("cost", "charged", "shortfall", "records", "rules"),
     [
