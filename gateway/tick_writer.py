@@ -2,7 +2,8 @@
 
     take(callback)
       a newer tick of the task waits            → coalesced
-      less than a second after the last one     → coalesced; written when the second is over, unless a newer one came
+      less than a second after the last one,
+        and it says the same but for figures    → coalesced; written when the second is over, unless a newer one came
       the row knows what it says                → stored
       the row does not, or the store is away    → the long way: a signal
 
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import structlog
 
@@ -69,6 +70,14 @@ class Waiting:
         self.answer = None
 
 
+class Pause(NamedTuple):
+    """Until when a task's next tick waits."""
+
+    ends_at: float
+    digest: str
+    """What the last one said beside its figures. A report that says something else may be no tick: it is not paced."""
+
+
 class TickWriter:
     """Stores ticks; one in each process."""
 
@@ -77,7 +86,7 @@ class TickWriter:
         self._long_way = long_way
         self._clock = clock
         self._waiting: dict[str, Waiting] = {}
-        self._ready_at: dict[str, float] = {}
+        self._pauses: dict[str, Pause] = {}
         """Task → when its next tick may be written; forgotten once it is past."""
         self._arrived = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
@@ -97,17 +106,17 @@ class TickWriter:
             if older.tick.sequence >= tick.sequence:
                 return Ticked.COALESCED
             older.resolve(Ticked.COALESCED)
-        is_early = self._ready_at.get(task_id, 0.0) > self._clock()
-        answer = None if is_early else asyncio.get_running_loop().create_future()
-        self._waiting[task_id] = Waiting(tick, callback, answer)
+        waiting = self._waiting[task_id] = Waiting(tick, callback, None)
+        if self._ready_in(waiting) == 0:
+            waiting.answer = asyncio.get_running_loop().create_future()
         self._arrived.set()
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write_all())
-        return Ticked.COALESCED if answer is None else await answer
+        return Ticked.COALESCED if waiting.answer is None else await waiting.answer
 
     async def close(self) -> None:
         """Write what waits, whatever the pace; what cannot be written is dropped: a poll replaces it."""
-        self._ready_at.clear()
+        self._pauses.clear()
         self._arrived.set()
         if self._writer is not None:
             with suppress(TimeoutError):
@@ -119,12 +128,21 @@ class TickWriter:
     async def _write_all(self) -> None:
         while self._waiting:
             now = self._clock()
-            self._ready_at = {task_id: at for task_id, at in self._ready_at.items() if at > now}
-            ready = [task_id for task_id in self._waiting if task_id not in self._ready_at][:MAX_BATCH]
+            self._pauses = {task_id: pause for task_id, pause in self._pauses.items() if pause.ends_at > now}
+            ready = [task_id for task_id, waiting in self._waiting.items() if self._ready_in(waiting) == 0][:MAX_BATCH]
             if ready:
                 await self._write([self._waiting.pop(task_id) for task_id in ready])
             else:
-                await self._pause(min(self._ready_at[task_id] for task_id in self._waiting) - now)
+                await self._pause(min(self._ready_in(waiting) for waiting in self._waiting.values()))
+
+    def _ready_in(self, waiting: Waiting) -> float:
+        """Seconds until it may be written. What may be no tick goes at once: its sender waits for what is decided."""
+        task_id = waiting.tick.task_id
+        pause = self._pauses.get(task_id)
+        if pause is None:
+            return 0.0
+        is_tick = pause.digest == waiting.tick.digest or self._long_way.has_signalled_like(task_id, waiting.callback)
+        return max(0.0, pause.ends_at - self._clock()) if is_tick else 0.0
 
     async def _pause(self, seconds: float) -> None:
         """Wait until the next tick is ready, or one arrives."""
@@ -150,7 +168,7 @@ class TickWriter:
         if answer is None:
             self._hand_over(waiting)
         elif answer.verdict is TickVerdict.WRITTEN:
-            self._ready_at[waiting.tick.task_id] = self._clock() + answer.ready_in
+            self._pace(waiting.tick, answer.ready_in)
             waiting.resolve(Ticked.STORED)
         elif answer.verdict is TickVerdict.OUTDATED:
             waiting.resolve(Ticked.COALESCED)
@@ -172,7 +190,10 @@ class TickWriter:
         waiting.tries += 1
         task_id = waiting.tick.task_id
         self._waiting.setdefault(task_id, waiting).tries = waiting.tries
-        self._ready_at[task_id] = self._clock() + seconds
+        self._pace(waiting.tick, seconds)
+
+    def _pace(self, tick: Tick, seconds: float) -> None:
+        self._pauses[tick.task_id] = Pause(self._clock() + seconds, tick.digest)
 
     def _hand_over(self, waiting: Waiting) -> None:
         if waiting.answer is not None:
