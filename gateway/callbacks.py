@@ -93,7 +93,11 @@ _OF_RELAYED: Final = {
     Relayed.UNAVAILABLE: CallbackOutcome.UNAVAILABLE,
 }
 
-_OF_TICKED: Final = {Ticked.STORED: CallbackOutcome.STORED, Ticked.COALESCED: CallbackOutcome.COALESCED}
+_OF_TICKED: Final = {
+    Ticked.STORED: CallbackOutcome.STORED,
+    Ticked.COALESCED: CallbackOutcome.COALESCED,
+    Ticked.TASK_OVER: CallbackOutcome.TASK_OVER,
+}
 
 
 class CallbackReceiver:

@@ -5,6 +5,7 @@
       less than a second after the last one,
         and it says the same but for figures    → coalesced; written when the second is over, unless a newer one came
       the row knows what it says                → stored
+      the task has ended                        → task_over
       the row does not, or the store is away    → the long way: a signal
 
 One statement is in flight in each process, with one tick of each task at most. So a flood for one task costs the others
@@ -41,6 +42,7 @@ MAX_TRIES: Final = 10
 class Ticked(StrEnum):
     STORED = "stored"
     COALESCED = "coalesced"
+    TASK_OVER = "task_over"
     LONG_WAY = "long_way"
 
 
@@ -172,6 +174,8 @@ class TickWriter:
             waiting.resolve(Ticked.STORED)
         elif answer.verdict is TickVerdict.OUTDATED:
             waiting.resolve(Ticked.COALESCED)
+        elif answer.verdict is TickVerdict.ENDED:
+            waiting.resolve(Ticked.TASK_OVER)
         elif answer.verdict is TickVerdict.TOO_EARLY:
             self._again(waiting, answer.ready_in)
         elif self._is_known_soon(waiting):

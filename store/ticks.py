@@ -32,13 +32,12 @@ WITH given AS (
     )
 ), locked AS (
     SELECT given.*, tasks.ticked_at,
-        tasks.ended_at IS NULL AND tasks.taken ->> 'job_id' = given.job_id
-            AND tasks.taken ->> 'digest' = given.digest AS is_known,
-        tasks.ended_at IS NOT NULL
-            OR given.sequence <= greatest(
-                (tasks.job_sequences ->> given.job_id)::bigint,
-                CASE WHEN tasks.taken ->> 'job_id' = given.job_id THEN (tasks.taken ->> 'sequence')::bigint END
-            ) AS is_outdated,
+        tasks.taken ->> 'job_id' = given.job_id AND tasks.taken ->> 'digest' = given.digest AS is_known,
+        tasks.ended_at IS NOT NULL AS has_ended,
+        given.sequence <= greatest(
+            (tasks.job_sequences ->> given.job_id)::bigint,
+            CASE WHEN tasks.taken ->> 'job_id' = given.job_id THEN (tasks.taken ->> 'sequence')::bigint END
+        ) AS is_outdated,
         floor(greatest(tasks.progress, given.progress)) > floor(tasks.progress)
             OR tasks.queue_position IS DISTINCT FROM given.queue_position
             OR (tasks.next_eta IS NULL) <> (given.next_eta IS NULL)
@@ -78,6 +77,7 @@ WITH given AS (
 )
 SELECT locked.task_id,
     CASE WHEN ticked.task_id IS NOT NULL THEN 'written'
+         WHEN locked.has_ended THEN 'ended'
          WHEN locked.is_outdated THEN 'outdated'
          WHEN locked.is_known THEN 'too_early'
          ELSE 'not_known' END AS verdict,

@@ -130,7 +130,9 @@ class StoreModel:
         newest = self._sequences.get(tick.job_id, -1)
         if is_current and state.taken is not None:
             newest = max(newest, state.taken.sequence)
-        if self.has_ended or tick.sequence <= newest:
+        if self.has_ended:
+            return TickVerdict.ENDED
+        if tick.sequence <= newest:
             return TickVerdict.OUTDATED
         if not is_current or state.taken is None or state.taken.digest != tick.digest:
             return TickVerdict.NOT_KNOWN

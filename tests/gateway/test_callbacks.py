@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from temporalio.testing import WorkflowEnvironment
 
+from comfyui_temporal.contracts.tasks import TaskStatus
 from gateway.callback_body import MAX_BYTES_WITH_LOG
 from gateway.callbacks import CallbackOutcome
 from proof.site.callbacks import signed_headers
@@ -27,7 +28,7 @@ from tests.gateway.serving import (
     tick,
     training_tick,
 )
-from tests.store.facts import claim_of
+from tests.store.facts import claim_of, end, write_of
 
 
 def task_id_of(name: str) -> str:
@@ -171,6 +172,17 @@ async def test_a_task_that_is_over_is_answered_200(gateway: Gateway, new_run: Ne
     for task_id in (closed, forgotten_by_temporal):
         answer = await gateway.post(task_id, delivery(9))
         assert (answer.status_code, answer.json()) == (200, {"outcome": "task_over"})
+
+
+async def test_a_tick_of_a_task_that_is_over_is_answered_200(gateway: Gateway, task_store: TaskStore) -> None:
+    await task_store.claim(claim_of(task_id := task_id_of("ended")))
+    await task_store.write(write_of(task_id, end(), status=TaskStatus.COMPLETED))
+    before = gateway.count(CallbackOutcome.TASK_OVER)
+
+    answer = await gateway.post(task_id, tick(1))
+
+    assert (answer.status_code, answer.json()) == (200, {"outcome": "task_over"})
+    assert gateway.count(CallbackOutcome.TASK_OVER) == before + 1
 
 
 def _filled(body: dict[str, Any], size: int) -> bytes:

@@ -115,7 +115,7 @@ async def test_nothing_is_written_for_an_unknown_task_or_after_the_end(task_stor
     task_id = await taken(task_store)
     await task_store.write(write_of(task_id, end(), version=2, status=TaskStatus.COMPLETED))
 
-    assert await written(task_store, tick(task_id, 2)) is TickVerdict.OUTDATED
+    assert await written(task_store, tick(task_id, 2)) is TickVerdict.ENDED
     assert [event.event for event in await task_store.events(task_id)][-1] is EventType.COMPLETED
 
 
