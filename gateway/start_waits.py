@@ -6,31 +6,27 @@ import asyncio
 import time
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Final
+from typing import Any, Final
 
-from temporalio.client import Client, WorkflowQueryFailedError, WorkflowQueryRejectedError
-from temporalio.service import RPCError
+from temporalio.client import Client, WorkflowHandle
 
 from comfyui_temporal.client.errors import TaskExists
-from comfyui_temporal.client.waiting_start import WaitedStart, go_on_waiting, start_waiting
+from comfyui_temporal.client.waiting_start import WaitedStart, go_on_waiting, start_waiting, still_asks, wait_again
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.start_answer import (
     CREDITS_REFUSED,
     ID_REFUSED,
     INPUT_REFUSED,
     MAX_WAIT_SECONDS,
-    WAIT_AGAIN,
-    WAIT_UNTIL_HELD,
     StartAnswer,
 )
 from comfyui_temporal.contracts.task_store import TaskRow, TaskState
-from comfyui_temporal.contracts.tasks import TaskInput, TaskStatus, TrainingProgress, workflow_id_of
+from comfyui_temporal.contracts.tasks import TaskInput, TaskStatus, workflow_id_of
 from comfyui_temporal.contracts.tasks_api import TaskView
 from comfyui_temporal.encryption import encryption_of
-from comfyui_temporal.runs import NoQueryNow, query_run
 from gateway.draining import Draining
 from gateway.problems import Problem, ProblemCode
-from gateway.temporal_calls import RPC_TIMEOUT, temporal_problems
+from gateway.temporal_calls import temporal_problems
 from store import StoreUnavailable, TaskStore
 
 APPLIED: Final = "Preference-Applied"
@@ -87,29 +83,26 @@ class StartWaits:
         if waited.answer is not None:
             return waited.answer
         with temporal_problems():
-            return await self._until_drained(waited.started.handle.id, waited.update_id, ends_at)
+            return await self._until_drained(waited.started.handle.id, waited, ends_at)
 
     async def again(self, view: TaskView, ends_at: float) -> StartAnswer | None:
         """The wait of a repeat, as `go_on`. `view`: the task, which does not answer it yet."""
-        if view.confirmation is not None and await self._asks(view.task_id):
+        workflow_id = workflow_id_of(view.task_id)
+        # The payer's answer reaches the row with the next event only.
+        if view.confirmation is not None and await still_asks(self._handle(workflow_id), view.confirmation):
             return None
-        # Once the price is known a confirmation that was requested before has been given.
-        update_id = WAIT_UNTIL_HELD if view.prices.estimate is None else WAIT_AGAIN
         with temporal_problems():
-            return await self._until_drained(workflow_id_of(view.task_id), update_id, ends_at)
+            return await self._until_drained(workflow_id, None, ends_at)
 
-    async def _asks(self, task_id: str) -> bool:
-        """Whether the task still waits for the payer, whose answer reaches the row with the next event only."""
-        handle = self._temporal.get_workflow_handle(workflow_id_of(task_id))
-        try:
-            progress = await query_run(handle, "progress", result_type=TrainingProgress, rpc_timeout=RPC_TIMEOUT)
-        except (RPCError, NoQueryNow, WorkflowQueryFailedError, WorkflowQueryRejectedError):
-            return True
-        return progress.confirmation is not None
+    def _handle(self, workflow_id: str) -> WorkflowHandle[Any, Any]:
+        return self._temporal.get_workflow_handle(workflow_id)
 
-    async def _until_drained(self, workflow_id: str, update_id: str, ends_at: float) -> StartAnswer | None:
-        handle = self._temporal.get_workflow_handle(workflow_id)
-        waiting = asyncio.create_task(go_on_waiting(handle, update_id, within_seconds=_left_until(ends_at)))
+    async def _until_drained(self, workflow_id: str, waited: WaitedStart | None, ends_at: float) -> StartAnswer | None:
+        handle, seconds = self._handle(workflow_id), _left_until(ends_at)
+        if waited is not None and waited.started.is_new:
+            waiting = asyncio.create_task(go_on_waiting(handle, waited.update_id, within_seconds=seconds))
+        else:
+            waiting = asyncio.create_task(wait_again(handle, within_seconds=seconds))
         drained = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait({waiting, drained}, return_when=asyncio.FIRST_COMPLETED)

@@ -36,10 +36,10 @@ from comfyui_temporal.client.models import StartedTask, TaskDetails, TaskOutcome
 from comfyui_temporal.client.run_outcome import GIVEN_BACK, TERMINATED, ended_as
 from comfyui_temporal.client.submission import RPC_TIMEOUT, Started, start_task
 from comfyui_temporal.client.temporal_errors import decrypted, typed_errors
-from comfyui_temporal.client.waiting_start import go_on_waiting, start_waiting, within
+from comfyui_temporal.client.waiting_start import go_on_waiting, start_waiting, wait_again, within
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW, AnyTask
-from comfyui_temporal.contracts.start_answer import MAX_WAIT_SECONDS, WAIT_AGAIN, Reached, StartAnswer, WaitFor
+from comfyui_temporal.contracts.start_answer import MAX_WAIT_SECONDS, Reached, StartAnswer, WaitFor
 from comfyui_temporal.contracts.tasks import (
     SEARCH_ATTRIBUTES,
     TASK_QUEUE,
@@ -116,17 +116,19 @@ class TemporalTasks:
                 )
             except TimeoutError:
                 raise TemporalUnavailable(f"Temporal at {_address(self.client)} does not answer.") from None
-        started, handle, update_id = _started(waited.started), waited.started.handle, waited.update_id
+        started, handle = _started(waited.started), waited.started.handle
         if waited.answer is not None:
             return _with_answer(started, waited.answer)
         if not started.is_new:
             progress = await self._queried(handle, "progress", TrainingProgress)
             if progress is not None and progress.status.is_end():
                 return await self._start_of_ended(started, handle)
-            if progress is not None and progress.job_id is not None and progress.confirmation is None:
-                update_id = WAIT_AGAIN  # a price that was shown before has been confirmed
+        left = ends_at - time.monotonic()
         with typed_errors(self.client):
-            answer = await go_on_waiting(handle, update_id, within_seconds=ends_at - time.monotonic())
+            if started.is_new:
+                answer = await go_on_waiting(handle, waited.update_id, within_seconds=left)
+            else:
+                answer = await wait_again(handle, within_seconds=left)
         return started if answer is None else _with_answer(started, answer)
 
     async def _start_of_ended(self, started: StartedTask, handle: WorkflowHandle[Any, Any]) -> StartedTask:

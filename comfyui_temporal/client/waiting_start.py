@@ -6,6 +6,7 @@ Used by `TemporalTasks` and by the gateway.
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from temporalio.client import (
     Client,
     WithStartWorkflowOperation,
     WorkflowHandle,
+    WorkflowQueryFailedError,
+    WorkflowQueryRejectedError,
     WorkflowUpdateFailedError,
     WorkflowUpdateRPCTimeoutOrCancelledError,
 )
@@ -23,8 +26,9 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from comfyui_temporal.client.submission import RPC_TIMEOUT, Started, start_options, start_task
 from comfyui_temporal.contracts.scenes import SCENES
-from comfyui_temporal.contracts.start_answer import WAIT_UNTIL_HELD, StartAnswer, WaitUntilHeld
-from comfyui_temporal.contracts.tasks import TASK_QUEUE, TaskInput
+from comfyui_temporal.contracts.start_answer import WAIT_UNTIL_HELD, Reached, StartAnswer, WaitUntilHeld
+from comfyui_temporal.contracts.tasks import TASK_QUEUE, Confirmation, TaskInput, TrainingProgress
+from comfyui_temporal.runs import NoQueryNow, query_run
 
 T = TypeVar("T")
 SURE_AFTER_SECONDS: Final = 2.0
@@ -107,6 +111,32 @@ async def go_on_waiting(
         if error.status in (RPCStatusCode.PERMISSION_DENIED, RPCStatusCode.UNAUTHENTICATED):
             raise
         return None  # the task is started: that is the answer
+
+
+async def wait_again(handle: WorkflowHandle[Any, Any], *, within_seconds: float) -> StartAnswer | None:
+    """The answer to the repeat of a start, as `go_on_waiting`.
+
+    A repeat may find the answer to an earlier one: a price that has been confirmed since. After that it waits by the
+    next id, which every repeat derives from that answer.
+    """
+    ends_at = time.monotonic() + within_seconds
+    update_id = WAIT_UNTIL_HELD
+    while True:
+        answer = await go_on_waiting(handle, update_id, within_seconds=ends_at - time.monotonic())
+        if answer is None or answer.reached is not Reached.CONFIRMATION:
+            return answer
+        if await still_asks(handle, answer.state.confirmation):
+            return answer
+        update_id = f"{WAIT_UNTIL_HELD}:{answer.state.version}"
+
+
+async def still_asks(handle: WorkflowHandle[Any, Any], confirmation: Confirmation | None) -> bool:
+    """Whether the payer's answer to this price is still waited for; also where that cannot be read."""
+    try:
+        progress = await query_run(handle, "progress", result_type=TrainingProgress, rpc_timeout=RPC_TIMEOUT)
+    except (RPCError, NoQueryNow, WorkflowQueryFailedError, WorkflowQueryRejectedError):
+        return True
+    return progress.confirmation == confirmation
 
 
 async def within(call: Coroutine[Any, Any, T], seconds: float) -> T:

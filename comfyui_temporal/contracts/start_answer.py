@@ -10,8 +10,7 @@ from comfyui_temporal.contracts.fields import CallerModel, OwnModel
 from comfyui_temporal.contracts.task_store import TaskState
 
 WAIT_UNTIL_HELD: Final = "wait_until_held"
-WAIT_AGAIN: Final = "wait_until_held:priced"
-"""The update's id, once the price is known; before that it is the update's name. One id has one answer, for ever."""
+"""The update's name, and the id by which repeats wait. One id has one answer, for ever."""
 MAX_WAIT_SECONDS: Final = 60
 """A start waits for no longer; a longer wait counts as this one."""
 

@@ -19,6 +19,7 @@ from comfyui_temporal import (
     TemporalTasks,
     TrainingTask,
 )
+from comfyui_temporal.contracts.tasks import workflow_id_of
 from tests.conftest import unique
 from tests.workflows.payers import new_payer
 from tests.workflows.platform import CALLERS, Platform
@@ -75,6 +76,33 @@ async def test_a_training_tells_its_price_then_that_it_is_held(whole: Platform, 
         await tasks.confirm(task.task_id, price)
         held = await tasks.start(task, wait_for="held")
         assert held.credits is not None and (held.reached, held.credits.held) == ("held", price)
+        await tasks.wait(task.task_id)
+
+
+async def test_one_that_waited_before_the_price_was_known_tells_in_the_end_that_it_is_held(
+    whole: Platform, tasks: Tasks
+) -> None:
+    task = TrainingTask.model_validate(whole.training(max_credits=None))
+    admin, given = whole.simulators.admin, {"task_id": task.task_id, "seconds": 1, "times": None}
+    not_made = await admin.comfyui.fault("rate_limit", route="create_training", **given)
+    handle = whole.client.get_workflow_handle(workflow_id_of(task.task_id))
+
+    async def has_job() -> bool:
+        return bool((await whole.progress(handle))["job_id"])
+
+    async with tasks:
+        assert (await tasks.start(task, wait_for="held", wait_seconds=1)).reached is None
+        await whole.until_hit("create_training", not_made)
+        not_priced = await admin.credits.fault("rate_limit", route="estimate", **given)
+        await admin.comfyui.remove_fault(not_made)
+        await whole.until(has_job)
+        assert (await tasks.start(task, wait_for="held", wait_seconds=1)).reached is None
+        await admin.credits.remove_fault(not_priced)
+        asked = await tasks.start(task, wait_for="held")
+        assert asked.reached == "confirmation" and asked.confirmation is not None
+        await tasks.confirm(task.task_id, asked.confirmation.estimated_cost)
+        held = [await tasks.start(task, wait_for="held") for _ in range(2)]
+        assert [started.reached for started in held] == ["held", "held"]
         await tasks.wait(task.task_id)
 
 
