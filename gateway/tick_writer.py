@@ -6,6 +6,7 @@
         and it says the same but for figures    → coalesced; written when the second is over, unless a newer one came
       the row knows what it says                → stored
       the task has ended                        → task_over
+      another writer has the row                → as soon as it is free, within a second
       the row does not, or the store is away    → the long way: a signal
 
 One statement is in flight in each process, with one tick of each task at most. So a flood for one task costs the others
@@ -37,6 +38,7 @@ MAX_WAITING: Final = 10_000
 KNOWN_SOON: Final = 0.1
 """Seconds until a row that does not know a signalled report yet is tried again."""
 MAX_TRIES: Final = 10
+"""How often that, or a row that another writer has, is tried again before the report takes the long way."""
 
 
 class Ticked(StrEnum):
@@ -77,7 +79,9 @@ class Pause(NamedTuple):
 
     ends_at: float
     digest: str
-    """What the last one said beside its figures. A report that says something else may be no tick: it is not paced."""
+    """What the last one said beside its figures. A report that says something else is not paced."""
+    is_known: bool
+    """Whether the row knows that. If not, a report that says the same may be no tick."""
 
 
 class TickWriter:
@@ -95,7 +99,7 @@ class TickWriter:
         self._handed_over: set[asyncio.Task[object]] = set()
 
     async def take(self, task_id: str, callback: Callback) -> Ticked:
-        """Store the callback if it is a tick. Never raises, and never waits longer than the store's own limit."""
+        """Store the callback if it is a tick. Never raises; waits for the store, for a locked row a second."""
         if callback.has_ended() or self._long_way.has_signalled_like(task_id, callback) is False:
             return Ticked.LONG_WAY
         tick = Tick.of(task_id, scene_of_callback(callback).update(callback), traceparent())
@@ -109,7 +113,7 @@ class TickWriter:
                 return Ticked.COALESCED
             older.resolve(Ticked.COALESCED)
         waiting = self._waiting[task_id] = Waiting(tick, callback, None)
-        if self._ready_in(waiting) == 0:
+        if self._ready_in(waiting) == 0 or not self._is_tick(waiting):
             waiting.answer = asyncio.get_running_loop().create_future()
         self._arrived.set()
         if self._writer is None or self._writer.done():
@@ -138,13 +142,21 @@ class TickWriter:
                 await self._pause(min(self._ready_in(waiting) for waiting in self._waiting.values()))
 
     def _ready_in(self, waiting: Waiting) -> float:
-        """Seconds until it may be written. What may be no tick goes at once: its sender waits for what is decided."""
-        task_id = waiting.tick.task_id
-        pause = self._pauses.get(task_id)
-        if pause is None:
+        """Seconds until it may be written."""
+        pause = self._pauses.get(waiting.tick.task_id)
+        if pause is None or not (pause.digest == waiting.tick.digest or self._is_signalled(waiting)):
             return 0.0
-        is_tick = pause.digest == waiting.tick.digest or self._long_way.has_signalled_like(task_id, waiting.callback)
-        return max(0.0, pause.ends_at - self._clock()) if is_tick else 0.0
+        return max(0.0, pause.ends_at - self._clock())
+
+    def _is_tick(self, waiting: Waiting) -> bool:
+        """Whether it surely says no more than what the workflow has. If not its sender waits for what is decided."""
+        pause = self._pauses.get(waiting.tick.task_id)
+        is_known = pause is not None and pause.is_known and pause.digest == waiting.tick.digest
+        return is_known or self._is_signalled(waiting)
+
+    def _is_signalled(self, waiting: Waiting) -> bool:
+        """Whether a signal of this process says the same: the workflow's write of it is on its way to the row."""
+        return bool(self._long_way.has_signalled_like(waiting.tick.task_id, waiting.callback))
 
     async def _pause(self, seconds: float) -> None:
         """Wait until the next tick is ready, or one arrives."""
@@ -170,34 +182,37 @@ class TickWriter:
         if answer is None:
             self._hand_over(waiting)
         elif answer.verdict is TickVerdict.WRITTEN:
-            self._pace(waiting.tick, answer.ready_in)
+            self._pace(waiting.tick, answer.ready_in, is_known=True)
             waiting.resolve(Ticked.STORED)
         elif answer.verdict is TickVerdict.OUTDATED:
             waiting.resolve(Ticked.COALESCED)
         elif answer.verdict is TickVerdict.ENDED:
             waiting.resolve(Ticked.TASK_OVER)
         elif answer.verdict is TickVerdict.TOO_EARLY:
-            self._again(waiting, answer.ready_in)
-        elif self._is_known_soon(waiting):
-            self._again(waiting, KNOWN_SOON)
+            waiting.resolve(Ticked.COALESCED)
+            self._again(waiting, answer.ready_in, is_known=True)
+        elif waiting.tries >= MAX_TRIES:
+            self._hand_over(waiting)
+        elif answer.verdict is TickVerdict.LOCKED:
+            waiting.tries += 1
+            self._again(waiting, answer.ready_in, is_known=False)
+        elif self._is_signalled(waiting):
+            waiting.resolve(Ticked.COALESCED)
+            waiting.tries += 1
+            self._again(waiting, KNOWN_SOON, is_known=False)
         else:
             self._hand_over(waiting)
 
-    def _is_known_soon(self, waiting: Waiting) -> bool:
-        """Whether a signal of this process says the same: the workflow's write of it is on its way to the row."""
-        is_signalled = self._long_way.has_signalled_like(waiting.tick.task_id, waiting.callback)
-        return bool(is_signalled) and waiting.tries < MAX_TRIES
+    def _again(self, waiting: Waiting, seconds: float, *, is_known: bool) -> None:
+        """Keep it for later, unless a newer one came. A sender that was answered need not wait: a poll replaces it."""
+        newest = self._waiting.setdefault(waiting.tick.task_id, waiting)
+        newest.tries = waiting.tries
+        if newest is not waiting:
+            waiting.resolve(Ticked.COALESCED)
+        self._pace(waiting.tick, seconds, is_known=is_known)
 
-    def _again(self, waiting: Waiting, seconds: float) -> None:
-        """Keep it for later, unless a newer one came. Its sender need not wait: a poll replaces a lost tick."""
-        waiting.resolve(Ticked.COALESCED)
-        waiting.tries += 1
-        task_id = waiting.tick.task_id
-        self._waiting.setdefault(task_id, waiting).tries = waiting.tries
-        self._pace(waiting.tick, seconds)
-
-    def _pace(self, tick: Tick, seconds: float) -> None:
-        self._pauses[tick.task_id] = Pause(self._clock() + seconds, tick.digest)
+    def _pace(self, tick: Tick, seconds: float, *, is_known: bool) -> None:
+        self._pauses[tick.task_id] = Pause(self._clock() + seconds, tick.digest, is_known)
 
     def _hand_over(self, waiting: Waiting) -> None:
         if waiting.answer is not None:

@@ -1,6 +1,6 @@
 """Ticks: figures of a job that the gateway stores without the workflow (contract §2, decision 4).
 
-One statement for a batch: it locks the rows in order of their ids, checks each against what the workflow last took,
+One statement for a batch: it locks the rows that no other writer has, checks each against what the workflow last took,
 moves the figures, numbers and stores the event and notifies. Every guard reads the task's row alone. A tick touches
 neither `version` nor `updated_at`: the reconciler looks at rows that nothing else changes.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Text, bindparam, select, text
+from sqlalchemy import Double, Text, bindparam, select, text
 from sqlalchemy import func as sql
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -21,6 +21,8 @@ from comfyui_temporal.contracts.ticks import Tick, TickVerdict
 from store.tables import EVENTS_CHANNEL, tasks
 
 # The guards stand twice: in `locked` for the verdict, in `ticked` for the row as it is when it is changed.
+# A row that another writer has is left out, so that its tick delays no other task's. In the last part `tasks` is the
+# row as it was when the statement began.
 # A task has one tick a second, at all gateways together. A fraction of a percent is no event of its own: a training of
 # a month would have millions.
 _WRITE: Final = text(
@@ -44,7 +46,7 @@ WITH given AS (
             OR coalesce(abs(extract(epoch FROM tasks.next_eta - given.next_eta)) >= 10, false) AS is_shown
     FROM tasks JOIN given USING (task_id)
     ORDER BY tasks.task_id
-    FOR NO KEY UPDATE OF tasks
+    FOR NO KEY UPDATE OF tasks SKIP LOCKED
 ), ticked AS (
     UPDATE tasks SET
         progress = greatest(tasks.progress, locked.progress),
@@ -75,17 +77,24 @@ WITH given AS (
         traceparent
     FROM ticked WHERE is_shown
 )
-SELECT locked.task_id,
+SELECT task_id,
     CASE WHEN ticked.task_id IS NOT NULL THEN 'written'
+         WHEN locked.task_id IS NULL AND tasks.ended_at IS NULL AND tasks.taken ->> 'job_id' = given.job_id
+            AND tasks.taken ->> 'digest' = given.digest THEN 'too_early'
+         WHEN locked.task_id IS NULL THEN 'locked'
          WHEN locked.has_ended THEN 'ended'
          WHEN locked.is_outdated THEN 'outdated'
          WHEN locked.is_known THEN 'too_early'
          ELSE 'not_known' END AS verdict,
-    1 - coalesce(extract(epoch FROM clock_timestamp() - coalesce(ticked.ticked_at, locked.ticked_at)), 1) AS ready_in,
+    CASE WHEN locked.task_id IS NULL THEN :locked_for
+         ELSE 1 - coalesce(extract(epoch FROM clock_timestamp() - coalesce(ticked.ticked_at, locked.ticked_at)), 1)
+    END AS ready_in,
     CASE WHEN ticked.is_shown THEN pg_notify(:channel, ticked.task_id || ':' || ticked.last_seq) END
-FROM locked LEFT JOIN ticked USING (task_id)
+FROM given JOIN tasks USING (task_id) LEFT JOIN locked USING (task_id) LEFT JOIN ticked USING (task_id)
 """
-).bindparams(bindparam("ticks", type_=JSONB))
+).bindparams(bindparam("ticks", type_=JSONB), bindparam("locked_for", type_=Double))
+LOCKED_SECONDS: Final = 0.1
+"""Until a row that another writer has is tried again."""
 
 _JOB: Final = bindparam("job", type_=Text)
 _HEARD: Final = select(
@@ -112,7 +121,8 @@ class TickAnswer(NamedTuple):
 async def write_ticks(connection: AsyncConnection, ticks: Sequence[Tick]) -> dict[str, TickAnswer]:
     """Task → what its row says about its tick; a task without a row is left out. One tick of each task at most."""
     documents = [_document(tick) for tick in ticks]
-    found = await connection.execute(_WRITE, {"ticks": documents, "channel": EVENTS_CHANNEL})
+    values = {"ticks": documents, "channel": EVENTS_CHANNEL, "locked_for": LOCKED_SECONDS}
+    found = await connection.execute(_WRITE, values)
     return {
         task_id: TickAnswer(TickVerdict(verdict), max(0.0, float(ready_in))) for task_id, verdict, ready_in, _ in found
     }

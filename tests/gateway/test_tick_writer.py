@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import asyncpg
 import pytest
 
 from comfyui_temporal.contracts.comfyui import JobCallback
 from comfyui_temporal.contracts.scenes import Callback, scene_of_callback
 from comfyui_temporal.contracts.task_store import TakenReport
-from comfyui_temporal.contracts.ticks import digest_of
+from comfyui_temporal.contracts.ticks import Tick, digest_of
 from gateway import tick_writer
 from gateway.tick_writer import Ticked, TickWriter
-from store import TaskStore
+from store import TaskStore, TickAnswer
+from store.database import STATEMENT_TIMEOUT_SECONDS
 from tests.cable import Cable
 from tests.gateway.serving import Gateway, tick
 from tests.store.facts import claim_of, new_task_id, write_of
@@ -126,6 +131,80 @@ async def test_what_the_row_does_not_learn_in_time_is_signalled_once(
         assert await writer.take(task_id, report(task_id, 2)) is Ticked.COALESCED
         await comes_true(lambda: bool(long_way.taken))
     assert long_way.taken == [(task_id, 2)]
+
+
+class CountingStore(TaskStore):
+    """Counts how often each task's tick was tried."""
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__(dsn)
+        self.tried: Counter[str] = Counter()
+
+    async def write_ticks(self, given: Sequence[Tick]) -> dict[str, TickAnswer]:
+        answers = await super().write_ticks(given)
+        self.tried.update(tick.task_id for tick in given)
+        return answers
+
+
+@pytest.fixture
+async def counting(postgres_dsn: str) -> AsyncIterator[CountingStore]:
+    store = CountingStore(postgres_dsn)
+    yield store
+    await store.close()
+
+
+@asynccontextmanager
+async def locked(postgres_dsn: str, task_id: str) -> AsyncIterator[asyncpg.Connection]:
+    """Another writer has the task's row; it commits at the end."""
+    connection = await asyncpg.connect(postgres_dsn)
+    try:
+        async with connection.transaction():
+            await connection.execute("SELECT FROM tasks WHERE task_id = $1 FOR UPDATE", task_id)
+            yield connection
+    finally:
+        await connection.close()
+
+
+async def test_a_locked_row_delays_its_own_tick_alone(
+    counting: CountingStore, postgres_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tick_writer, "MAX_TRIES", 2)
+    held, others = await known(counting), [await known(counting) for _ in range(2)]
+    async with writer_on(counting, long_way := LongWay()) as writer:
+        async with locked(postgres_dsn, held):
+            began = time.monotonic()
+            given = [writer.take(task_id, report(task_id, 2, 20.0)) for task_id in (held, *others)]
+            assert await asyncio.gather(*given) == [Ticked.COALESCED, Ticked.STORED, Ticked.STORED]
+            assert time.monotonic() - began < STATEMENT_TIMEOUT_SECONDS / 2
+            await comes_true(lambda: counting.tried[held] > 3)
+            assert await progress_of(counting, held) == 0.0
+        await until(lambda: shows(counting, held, 20.0))
+    assert long_way.taken == []
+
+
+async def test_a_write_that_is_just_being_made_may_make_a_report_a_tick(
+    counting: CountingStore, postgres_dsn: str
+) -> None:
+    await counting.claim(claim_of(task_id := new_task_id()))
+    first = TakenReport(job_id="job-1", sequence=1, digest=digest())
+    async with writer_on(counting, long_way := LongWay()) as writer:
+        async with locked(postgres_dsn, task_id) as connection:
+            taking = asyncio.create_task(writer.take(task_id, report(task_id, 2, 20.0)))
+            await comes_true(lambda: counting.tried[task_id] > 0)
+            again = asyncio.create_task(writer.take(task_id, report(task_id, 3, 30.0)))
+            await connection.execute("UPDATE tasks SET taken = $2 WHERE task_id = $1", task_id, first.model_dump_json())
+            assert not again.done()
+        assert (await taking, await again) == (Ticked.COALESCED, Ticked.STORED)
+    assert (long_way.taken, await progress_of(counting, task_id)) == ([], 30.0)
+
+
+async def test_what_may_be_no_tick_waits_a_moment_for_a_locked_row_and_goes_the_long_way(
+    counting: CountingStore, postgres_dsn: str
+) -> None:
+    await counting.claim(claim_of(task_id := new_task_id()))
+    async with writer_on(counting) as writer, locked(postgres_dsn, task_id):
+        assert await writer.take(task_id, report(task_id, 2)) is Ticked.LONG_WAY
+    assert counting.tried[task_id] == tick_writer.MAX_TRIES + 1
 
 
 async def test_a_writer_that_closes_writes_what_waits_for_its_second(task_store: TaskStore) -> None:
