@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from comfyui_temporal.contracts.comfyui import JobCallback
+from comfyui_temporal.contracts.comfyui import JobCallback, TrainingCallback
 from comfyui_temporal.contracts.scenes import Callback, scene_of_callback
 from comfyui_temporal.contracts.task_store import TakenReport
 from comfyui_temporal.contracts.ticks import Tick, digest_of
@@ -22,7 +22,7 @@ from gateway.tick_writer import Ticked, TickWriter
 from store import TaskStore, TickAnswer
 from store.database import STATEMENT_TIMEOUT_SECONDS
 from tests.cable import Cable
-from tests.gateway.serving import Gateway, tick
+from tests.gateway.serving import Gateway, tick, training_tick
 from tests.store.facts import claim_of, new_task_id, write_of
 from tests.store.test_ticks import taken
 from tests.waiting import comes_true, until
@@ -227,3 +227,29 @@ async def test_beyond_its_limit_a_tick_of_another_task_takes_the_long_way(
         assert await writer.take(second, report(second, 2)) is Ticked.LONG_WAY
         assert await writer.take(first, report(first, 4, 40.0)) is Ticked.COALESCED
     assert (await progress_of(task_store, first), await progress_of(task_store, second)) == (40.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_tick"),
+    [
+        ({"stage_progress": 2.0, "gpu_hours_used": 0.5}, True),
+        ({"training_status": "checkpointing"}, True),
+        ({"output": {"metrics": {"loss": 0.5}}}, True),
+        ({"training_status": "queued"}, False),
+        ({"training_stage": "evaluating"}, False),
+        ({"gpu_hours": 2.5}, False),
+        ({"gpu_slots": 2}, False),
+        ({"checkpoint": {"uri": "s3://checkpoints/1", "epoch": 1, "step": 10, "gpu_hours_used": 0.5}}, False),
+    ],
+)
+async def test_a_change_that_no_flow_uses_is_a_tick_and_every_other_one_is_not(
+    task_store: TaskStore, change: dict[str, Any], is_tick: bool
+) -> None:
+    task_id = new_task_id()
+    first, changed = (
+        TrainingCallback.model_validate({"task_id": task_id, **training_tick(2, **fields)}) for fields in ({}, change)
+    )
+    before = digest_of(scene_of_callback(first).update(first))
+    task_id = await taken(task_store, sequence=1, job_id="training-1", digest=before)
+    async with writer_on(task_store) as writer:
+        assert await writer.take(task_id, changed) is (Ticked.STORED if is_tick else Ticked.LONG_WAY)
