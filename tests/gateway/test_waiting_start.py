@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -128,6 +129,43 @@ async def test_another_body_is_409_and_an_extra_that_is_not_offered_422(api: Api
     unknown = await api.call("POST", "/images", IMAGE | {"extras": {"no_such_extra": True}}, **WAIT)
     assert (unknown.status_code, unknown.json()["code"]) == (422, "input_invalid")
     assert "no_such_extra" in unknown.json()["detail"]
+
+
+async def without_dataset(api: Api, _payer: Payer) -> dict[str, Any]:
+    address = (api.platform.folder / "datasets" / "tenant-demo" / "nothing-here").as_uri()
+    return api.platform.training(dataset={"dataset_id": "faces", "source_uri": address})
+
+
+async def with_a_used_key(_api: Api, payer: Payer) -> dict[str, Any]:
+    task = payer.image()
+    other = {"task_id": unique("another"), "template_id": "upscale", "scene": "image.generate", "estimated_cost": 5}
+    await payer.post("pre-deduct", f"{task['task_id']}:pre_deduct:1", other)
+    return task
+
+
+async def above_its_ceiling(_api: Api, payer: Payer) -> dict[str, Any]:
+    return payer.image(max_credits=HD - 1)
+
+
+@pytest.mark.parametrize(
+    ("order", "status", "code"),
+    [
+        pytest.param(without_dataset, 422, "dataset_invalid", id="no dataset"),
+        pytest.param(with_a_used_key, 409, "task_conflict", id="another's key"),
+        pytest.param(above_its_ceiling, 402, "price_mismatch", id="too dear"),
+    ],
+)
+async def test_a_task_that_fails_before_it_is_held_is_answered_with_its_problem_and_so_is_its_repeat(
+    api: Api, order: Callable[[Api, Payer], Awaitable[dict[str, Any]]], status: int, code: str
+) -> None:
+    payer, token = await poor(api, 1_000)
+    body = await order(api, payer)
+    path, token = ("/trainings", DEMO_TOKEN) if "dataset" in body else ("/images", token)
+    for is_repeat in (False, True):
+        answer = await api.call("POST", path, body, token=token, **WAIT)
+        assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+        assert ("Idempotent-Replayed" in answer.headers) is is_repeat
+    assert await api.platform.simulators.admin.credits.holds(body["task_id"]) == []
 
 
 async def test_a_training_answers_with_the_price_that_it_asks_for(api: Api) -> None:
