@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import pytest
@@ -29,6 +30,7 @@ from tests.gateway.serving import (
     token_for,
     training_tick,
 )
+from tests.gateway.test_tick_writer import known
 from tests.store.facts import claim_of
 from tests.waiting import until
 
@@ -97,6 +99,16 @@ async def process(temporal_env: WorkflowEnvironment, postgres_dsn: str) -> Async
         yield process
 
 
+async def sent_at_a_pace(flood: list[bytes], wires: list[Wire], per_second: int) -> list[tuple[int, bytes]]:
+    began = time.monotonic()
+    posts = []
+    for number, request in enumerate(flood):
+        if (ahead := number / per_second - (time.monotonic() - began)) > 0:
+            await asyncio.sleep(ahead)
+        posts.append(asyncio.create_task(wires[number % len(wires)].post(request)))
+    return await asyncio.gather(*posts)
+
+
 async def test_a_flood_neither_fills_the_history_nor_delays_another_task(
     process: GatewayProcess, new_run: NewRun
 ) -> None:
@@ -112,13 +124,7 @@ async def test_a_flood_neither_fills_the_history_nor_delays_another_task(
     calm_waits: list[float] = []
 
     async def send_flood() -> list[tuple[int, bytes]]:
-        began = time.monotonic()
-        posts = []
-        for number, request in enumerate(flood):
-            if (ahead := number / per_second - (time.monotonic() - began)) > 0:
-                await asyncio.sleep(ahead)
-            posts.append(asyncio.create_task(wires[number % len(wires)].post(request)))
-        return [*await asyncio.gather(*posts), await wires[0].post(end)]
+        return [*await sent_at_a_pace(flood, wires, per_second), await wires[0].post(end)]
 
     began = time.monotonic()
     flooding = asyncio.create_task(send_flood())
@@ -141,6 +147,46 @@ async def test_a_flood_neither_fills_the_history_nor_delays_another_task(
     assert len(kept) <= callback_news.BURST + callback_news.PER_SECOND * took + 2
     assert len(await kept_by(calm_run)) >= min(len(calm_waits), callback_news.BURST - callback_news.KEPT_FOR_FINALS)
     # Behind the flood it would wait for all of it.
+    assert sorted(calm_waits)[int(len(calm_waits) * 0.9)] < took / 2, calm_waits
+
+
+async def test_a_flood_of_ticks_is_coalesced_and_delays_no_other_tasks_ticks(
+    process: GatewayProcess, task_store: TaskStore, new_run: NewRun
+) -> None:
+    """500 reports of figures a second for one task, whose row knows them, against a gateway in a process of its own."""
+    flooded, calm = await known(task_store), await known(task_store)
+    runs = [await new_run(task_id) for task_id in (flooded, calm)]
+    seconds, per_second = 2.0, 500
+    count = int(seconds * per_second)
+    flood = [process.request(flooded, tick(n + 2, 100.0 * n / count)) for n in range(count)]
+    wires = [await Wire.to(process.port) for _ in range(16)]
+    calm_wire = await Wire.to(process.port)
+    calm_waits: list[float] = []
+
+    began = time.monotonic()
+    flooding = asyncio.create_task(sent_at_a_pace(flood, wires, per_second))
+    while not flooding.done():
+        request = process.request(calm, tick(len(calm_waits) + 2, float(len(calm_waits))))
+        sent_at = time.monotonic()
+        status, _ = await calm_wire.post(request)
+        calm_waits.append(time.monotonic() - sent_at)
+        assert status == 202
+        await asyncio.sleep(0.1)
+    outcomes = Counter((status, json.loads(body)["outcome"]) for status, body in await flooding)
+
+    async def newest_is_shown() -> bool:
+        row = await task_store.task(flooded)
+        return row is not None and row.progress == 100.0 * (count - 1) / count
+
+    await until(newest_is_shown)
+    took = time.monotonic() - began
+    for wire in (*wires, calm_wire):
+        wire.close()
+    assert set(outcomes) == {(202, "stored"), (202, "coalesced")}
+    assert outcomes[202, "stored"] <= took + 1
+    assert len(await task_store.events(flooded)) <= 2 + took + 1
+    assert [await kept_by(run) for run in runs] == [[], []], "no tick is a signal"
+    assert len(await task_store.events(calm)) > 2
     assert sorted(calm_waits)[int(len(calm_waits) * 0.9)] < took / 2, calm_waits
 
 
