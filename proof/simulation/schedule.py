@@ -131,7 +131,8 @@ class Schedule:
         self.parties.unanswered_jobs = self.server.unanswered_jobs
         self.server.hand_on = self._hand_on
         apart = random.Random(f"{kind} {seed} gateway")  # noqa: S311
-        self.gateway = GatewayModel(timeline, apart, scenario.faults, self.parties.store, is_on=short_way)
+        losses = random.Random(f"{kind} {seed} gateway's losses") if troubles else None  # noqa: S311
+        self.gateway = GatewayModel(timeline, apart, losses, scenario.faults, self.parties.store, is_on=short_way)
         self.oracle = Oracle(scenario, self.server, self.parties)
         self.clients = Clients(rng, timeline, self.server, self.oracle, self.parties, self.trace)
 
@@ -216,6 +217,7 @@ class Schedule:
             "jobs": len(self.parties.jobs.works) + len(self.parties.trainings.works),
             "holds": len(self.parties.credits.account.holds),
             "ticks": self.gateway.stored,
+            "ticks lost": self.gateway.lost,
         }
 
     def tear_down(self) -> None:

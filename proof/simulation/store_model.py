@@ -121,7 +121,7 @@ class StoreModel:
         for exception in write.exceptions:
             self.exceptions.setdefault(exception.key, exception)
 
-    def tick(self, tick: Tick) -> TickVerdict:
+    def verdict_of(self, tick: Tick) -> TickVerdict:
         """Contract §2: a tick changes only figures of the job that the workflow last took a report of."""
         state = self.state
         if state is None:
@@ -138,6 +138,13 @@ class StoreModel:
             return TickVerdict.NOT_KNOWN
         if self._ticked_at is not None and self._timeline.now < self._ticked_at + 1:
             return TickVerdict.TOO_EARLY
+        return TickVerdict.WRITTEN
+
+    def tick(self, tick: Tick) -> TickVerdict:
+        """Write it if it is one now."""
+        verdict, state = self.verdict_of(tick), self.state
+        if verdict is not TickVerdict.WRITTEN or state is None:
+            return verdict
         self._ticked_at = self._timeline.now
         self.ticks.append(tick)
         figures = {
@@ -159,7 +166,7 @@ class StoreModel:
                 **figures,
             )
         )
-        return TickVerdict.WRITTEN
+        return verdict
 
     def heard(self, order: HeardOrder, caller: Caller) -> Heard | None:
         state = self.state
