@@ -125,7 +125,7 @@ class StartWaits:
         view = TaskView.accepted(task) if row is None else TaskView.of_row(row)
         if answer is None or (row is not None and row.version >= answer.state.version):
             return view
-        return view.model_copy(update={name: getattr(answer.state, name) for name in _OF_STATE})
+        return TaskView.model_validate(view.model_dump() | answer.state.model_dump(include=_OF_STATE))
 
 
 def ends_at(seconds: int) -> float:

@@ -18,6 +18,7 @@ from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import (
     ClaimOutcome,
     Fact,
+    PriceToConfirm,
     RecordedPrices,
     TaskClaim,
     TaskException,
@@ -27,7 +28,6 @@ from comfyui_temporal.contracts.task_store import (
 )
 from comfyui_temporal.contracts.tasks import (
     INPUT_MEMO,
-    Confirmation,
     CreditsSummary,
     TaskInput,
     TaskStatus,
@@ -169,7 +169,7 @@ class TaskRecord:
     def estimated(self, minutes: float) -> None:
         self.state.estimated_time = minutes
 
-    def confirming(self, confirmation: Confirmation | None) -> None:
+    def confirming(self, confirmation: PriceToConfirm | None) -> None:
         """The price that waits to be confirmed, or None."""
         self.state.confirmation = confirmation
         self.answers.tell()

@@ -158,7 +158,8 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
     @workflow.query
     def progress(self) -> TrainingProgress:
         """Stage, percentage, ETA, and the price that waits to be confirmed (contract §8)."""
-        return TrainingProgress(**self.progress_fields(), confirmation=self.record.state.confirmation)
+        wanted = self.record.state.confirmation
+        return TrainingProgress(**self.progress_fields(), confirmation=wanted and wanted.shown())
 
     def job_updated(self, update: JobUpdate) -> None:
         super().job_updated(update)

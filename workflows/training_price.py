@@ -13,8 +13,8 @@ from comfyui_temporal.contracts.credits import Estimate, EstimateRequest, PriceO
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.prices import UnknownPrice
 from comfyui_temporal.contracts.task_events import EventType
-from comfyui_temporal.contracts.task_store import RecordedPrices
-from comfyui_temporal.contracts.tasks import Confirmation, TrainingTask
+from comfyui_temporal.contracts.task_store import PriceToConfirm, RecordedPrices
+from comfyui_temporal.contracts.tasks import TrainingTask
 from workflows.credit_hold import CreditHold
 from workflows.failures import TaskFailed
 from workflows.interruptible import InterruptibleWaits
@@ -133,7 +133,7 @@ class TrainingPrice:
         cost = quote.cost
         if cost <= self.state.ceiling:
             return cost
-        confirm_by = workflow.now() + timedelta(seconds=self._limits.confirm_within_seconds)
+        confirm_by = self._confirm_by()
         for limit in (not_after, self._waits.latest() if self._waits.keeps_hold() else None):
             confirm_by = min(confirm_by, limit or confirm_by)
         message = f"The training costs {cost} points; it waits for confirm_price. {self._dataset_summary}".rstrip()
@@ -149,15 +149,25 @@ class TrainingPrice:
         self._record.confirming(None)
         return cost
 
+    def _confirm_by(self) -> datetime:
+        return workflow.now() + timedelta(seconds=self._limits.confirm_within_seconds)
+
     def _request_confirmation(
-        self, cost: int, message: str, *, confirm_by: datetime | None = None, estimate: Estimate | None = None
+        self,
+        cost: int,
+        message: str,
+        *,
+        confirm_by: datetime,
+        is_running: bool = False,
+        estimate: Estimate | None = None,
     ) -> None:
-        confirmation = Confirmation(
+        confirmation = PriceToConfirm(
             estimated_cost=cost,
             options=self._options(cost, estimate),
             current_balance=estimate.current_balance if estimate else None,
             suggest_topup=_topup(cost, estimate) if estimate else None,
             confirm_by=confirm_by,
+            is_running=is_running,
         )
         self._record.confirming(confirmation)
         self._record.publish(
@@ -244,6 +254,8 @@ class TrainingPrice:
                 price,
                 f"The training now costs {price} points, and {self.state.ceiling} are confirmed. It runs on; unless "
                 "the price is confirmed it stops at its next checkpoint.",
+                confirm_by=self._confirm_by(),
+                is_running=True,
             )
 
     def _answered(self) -> None:

@@ -363,7 +363,8 @@ def _with_answer(started: StartedTask, answer: StartAnswer) -> StartedTask:
         refusal = start_refused(started.task_id, state.error.code, state.error.message)
         if refusal is not None:
             raise refusal
-    answered = {"reached": answer.reached, "credits": state.credits, "confirmation": state.confirmation}
+    wanted = state.confirmation and state.confirmation.shown()
+    answered = {"reached": answer.reached, "credits": state.credits, "confirmation": wanted}
     return started.model_copy(update=answered)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from pydantic import Field, JsonValue, model_validator
 
 from comfyui_temporal.contracts.comfyui import SnapshotReference, TaskPriority, TrainingLogLine, TrainingOutput
+from comfyui_temporal.contracts.credits import PriceOption
 from comfyui_temporal.contracts.errors import ErrorDetails
 from comfyui_temporal.contracts.fields import Instant, OwnModel
 from comfyui_temporal.contracts.handed_on import KeptModel
@@ -20,6 +22,32 @@ PRICE: Final = "price"
 """In the details of a record `settlement_unknown`: the whole price that was to be charged, in points."""
 SHORTFALL_KEY: Final = "shortfall"
 SHORTFALL_TEXT: Final = "{points} points of this task's price could not be charged."
+
+
+class PriceToConfirm(OwnModel):
+    """A `Confirmation` as rows, events and runs keep it.
+
+    Here `confirm_by` is always a time: workers and gateways of 0.1.0 cannot read one without.
+    """
+
+    estimated_cost: int
+    options: list[PriceOption] = []
+    current_balance: int | None = None
+    suggest_topup: int | None = None
+    confirm_by: Instant
+    is_running: bool = False
+    """The training does not wait until then: it runs on, and stops at its next checkpoint unless it is confirmed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_a_time(cls, values: Any) -> Any:
+        """For a while null was kept of a training that runs on."""
+        if isinstance(values, dict) and values.get("confirm_by", ...) is None:
+            return {**values, "confirm_by": datetime.max.replace(tzinfo=UTC), "is_running": True}
+        return values
+
+    def shown(self) -> Confirmation:
+        return Confirmation.model_validate(self.model_dump())
 
 
 class Fact(OwnModel):
@@ -45,7 +73,7 @@ class Fact(OwnModel):
     result_urls: list[str] | None = None
     output: TrainingOutput | None = None
     error: ErrorDetails | None = None
-    confirmation: Confirmation | None = None
+    confirmation: PriceToConfirm | None = None
     job_id: str | None = None
     sequence: int | None = None
     is_end: bool = False
@@ -99,7 +127,7 @@ class TaskState(OwnModel):
     attempts: int = 0
     credits: CreditsSummary = CreditsSummary()
     prices: RecordedPrices = RecordedPrices()
-    confirmation: Confirmation | None = None
+    confirmation: PriceToConfirm | None = None
     result_urls: list[str] = []
     output: TrainingOutput | None = None
     error: ErrorDetails | None = None

@@ -385,6 +385,13 @@ class Confirmation(OwnModel):
     suggest_topup: int | None = None
     confirm_by: Instant | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_what_is_kept(cls, values: Any) -> Any:
+        """A `PriceToConfirm` as data."""
+        is_running = isinstance(values, dict) and values.get("is_running")
+        return {**values, "confirm_by": None} if is_running else values
+
 
 class TrainingProgress(ImageProgress):
     """As `ImageProgress` (`job_id` holds the training's id), and `confirmation` while it waits."""

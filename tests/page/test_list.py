@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from playwright.async_api import Browser, Route, expect
 
-from comfyui_temporal.contracts.tasks import Confirmation
+from comfyui_temporal.contracts.task_store import PriceToConfirm
 from store import StoredInput
 from tests.conftest import unique
 from tests.page.conftest import Watched, opened
@@ -58,8 +58,8 @@ async def test_a_price_that_rose_while_it_runs_is_wanted_before_the_next_checkpo
 ) -> None:
     tenant = unique("tenant")
     [task_id] = await stored_tasks(watched, tenant, 1)
-    state = write_of(task_id, version=2, stage="training", confirmation=Confirmation(estimated_cost=360))
-    await watched.platform.store.write(state)
+    wanted = PriceToConfirm(estimated_cost=360, confirm_by=datetime.now(UTC) + timedelta(hours=1), is_running=True)
+    await watched.platform.store.write(write_of(task_id, version=2, stage="training", confirmation=wanted))
     async with opened(browser, watched, fragment=f"#token={token_of(tenant)}") as seen:
         card = seen.page.get_by_role("region", name="Needs you").get_by_role("article", name=task_id)
         sentence = (

@@ -86,6 +86,20 @@ def test_an_unknown_enum_value_is_never_taken_for_another(name: str) -> None:
         assert isinstance(value, Doubtful) and value.as_read is None, path
 
 
+def test_a_price_to_confirm_without_a_time_is_read_and_passed_on_with_one() -> None:
+    """For a while null was kept of a training that runs on: in rows, writes, and what runs carry."""
+    places: dict[str, tuple[str | int, ...]] = {
+        "task-write": ("state", "confirmation"),
+        "row-seen": ("row", "confirmation"),
+        "training-run": ("carried", "record", "state", "confirmation"),
+    }
+    for name, place in places.items():
+        document = fullest(DOCUMENTS[name])
+        at(document, place[:-1])[place[-1]] = {"estimated_cost": 360, "confirm_by": None}
+        kept = at(serialized_again(read(name, document)), place)
+        assert kept["confirm_by"] is not None and kept["is_running"] is True, name
+
+
 def test_a_caller_is_still_read_strictly() -> None:
     task = {"task_id": "a", "tenant_id": "t", "user_id": "u", "template_id": "x", "prompt": "p"}
     assert isinstance(read("image-run", task), DOCUMENTS["image-run"])

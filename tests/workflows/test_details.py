@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from comfyui_temporal.contracts.errors import ErrorDetails
-from comfyui_temporal.contracts.task_store import TaskState
-from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, TaskStatus
+from comfyui_temporal.contracts.task_store import PriceToConfirm, TaskState
+from comfyui_temporal.contracts.tasks import CreditsSummary, TaskStatus
 from workflows.details import current_details, escaped
 
 UNTIL = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -40,7 +40,7 @@ def test_the_details_show_what_an_operator_needs_first() -> None:
         job_id="tr1",
         attempts=2,
         credits=CreditsSummary(estimated=120, held=160, charged=100, returned=60),
-        confirmation=Confirmation(estimated_cost=180, confirm_by=UNTIL),
+        confirmation=PriceToConfirm(estimated_cost=180, confirm_by=UNTIL),
         error=ErrorDetails(code="node_error", message="node 4", retryable=False),
     )
 

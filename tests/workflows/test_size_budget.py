@@ -47,8 +47,16 @@ from comfyui_temporal.contracts.size_budget import (
     json_bytes,
 )
 from comfyui_temporal.contracts.task_events import EventType
-from comfyui_temporal.contracts.task_store import Fact, TaskException, TaskRow, TaskState, TaskWrite, TrainedModel
-from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, TaskStatus
+from comfyui_temporal.contracts.task_store import (
+    Fact,
+    PriceToConfirm,
+    TaskException,
+    TaskRow,
+    TaskState,
+    TaskWrite,
+    TrainedModel,
+)
+from comfyui_temporal.contracts.tasks import CreditsSummary, TaskStatus
 from workflows.backlog import LEFT_OUT, Backlog
 from workflows.inbox import Inbox
 
@@ -148,7 +156,7 @@ def fact(key: str, event: EventType = EventType.CREDITS, **fields: Any) -> Fact:
 def filled_record(text: str, credits: CreditsSummary) -> RecordState:
     """The store has been away for thirty days; only the newest fact is certain to be in its place."""
     details = ErrorDetails.model_validate(error_details(text))
-    confirmation = Confirmation(
+    confirmation = PriceToConfirm(
         estimated_cost=10**9,
         options=estimate(text).options or [],
         current_balance=10**9,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from comfyui_temporal.contracts.fields import Instant, OwnModel
 from comfyui_temporal.contracts.prices import PriceTable
 from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.simulators.admin_wire import RunSeen
@@ -278,6 +279,28 @@ async def test_an_unconfirmed_price_stops_the_training_at_its_next_checkpoint(qu
     )
     assert ending.code == "price_not_confirmed"
     assert sum(kind.startswith("task.checkpoint") for kind in ending.kinds) == 2
+
+
+class ConfirmationOfBefore(OwnModel):
+    """What workers and gateways of 0.1.0 need of a price to be confirmed."""
+
+    estimated_cost: int
+    confirm_by: Instant
+
+
+async def test_a_price_that_rose_is_kept_as_a_version_before_reads_it(quick_platform: Platform) -> None:
+    handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
+    await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
+
+    async def kept() -> dict[str, Any]:
+        row = await quick_platform.store.task(task_id_of(handle))
+        return (row.model_dump(mode="json")["confirmation"] if row else None) or {}
+
+    await quick_platform.until(kept)
+    assert ConfirmationOfBefore.model_validate(await kept()).estimated_cost == 360
+    assert (await kept())["is_running"], "newer ones know that it does not wait"
+    await act(quick_platform, handle, "resume")
+    await ended(quick_platform, handle)
 
 
 async def test_work_delivered_before_the_next_checkpoint_costs_what_was_confirmed(quick_platform: Platform) -> None:
