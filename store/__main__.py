@@ -31,7 +31,7 @@ from store.migrate import migrate, revert
 from store.task_files import FETCHED_MODELS, MODELS, RESULTS, TaskFiles
 from store.task_store import TaskStore
 from store.upkeep import EndedTask, Undeletable
-from store.uploads import CLOCKS_DIFFER, LONG_AGO, StoredUpload
+from store.uploads import CLOCKS_DIFFER, LONG_AGO
 
 RPC_TIMEOUT: Final = timedelta(seconds=5)
 CANNOT_START: Final = 2
@@ -208,7 +208,7 @@ async def _purge(settings: Settings, dsn: str) -> None:
             if days is not None:
                 deleted += await files.delete_older(folders, now - timedelta(days=days))
         deleted += await files.delete_leftovers(now - LEFTOVER_AGE)
-        uploads, of_uploads = await _deleted_uploads(store, files, _expired_before(store, now - UPLOAD_GRACE))
+        uploads, of_uploads = await _deleted_expired(store, files, now - UPLOAD_GRACE)
         oldest = await store.uploads.oldest()
         # An upload's row is older than its files.
         of_uploads += await files.delete_uploads_older(now - UPLOAD_GRACE if oldest is None else oldest - CLOCKS_DIFFER)
@@ -226,7 +226,7 @@ async def _forget(settings: Settings, dsn: str, tenant_id: str) -> None:
         _refuse_open(tenant_id, await store.undeletable(tenant_id))
         tasks, deleted = await _deleted(store, files, partial(store.ended_of, tenant_id))
         deleted += await files.delete_models_of(tenant_id)
-        deleted += (await _deleted_uploads(store, files, partial(store.uploads.of_tenant, tenant_id)))[1]
+        deleted += await _deleted_uploads(store, files, tenant_id)
         deleted += await files.delete_uploads_of(tenant_id)
         while not await store.forget_claims(tenant_id):
             pass
@@ -253,29 +253,29 @@ async def _deleted(
     return tasks, deleted
 
 
-async def _deleted_uploads(
-    store: TaskStore, files: TaskFiles, some: Callable[[], Awaitable[list[StoredUpload]]]
-) -> tuple[int, int]:
-    """Deletes uploads, `some` at a time, until none is left: files first. Returns how many, and how many files."""
-    uploads = deleted = 0
-    while found := await some():
+async def _deleted_uploads(store: TaskStore, files: TaskFiles, tenant_id: str) -> int:
+    """Deletes the uploads of a tenant, files first. Returns how many files."""
+    deleted = 0
+    while found := await store.uploads.of_tenant(tenant_id):
         deleted += await files.delete_uploads(found)
         await store.uploads.forget([each.upload_id for each in found])
-        uploads += len(found)
-    return uploads, deleted
+    return deleted
 
 
-def _expired_before(store: TaskStore, before: datetime) -> Callable[[], Awaitable[list[StoredUpload]]]:
-    """Goes on where the last answer ended."""
+async def _deleted_expired(store: TaskStore, files: TaskFiles, before: datetime) -> tuple[int, int]:
+    """Deletes uploads that expired, each row before its files. Returns how many, and how many files.
+
+    A repeat of an order may have kept an upload longer since it was found. Files without a row are found by their age.
+    """
+    uploads = deleted = 0
     since = LONG_AGO
-
-    async def some() -> list[StoredUpload]:
-        nonlocal since
-        found = await store.uploads.expired(before, since=since)
-        since = found[-1].expires_at if found else since
-        return found
-
-    return some
+    while found := await store.uploads.expired(before, since=since):
+        since = found[-1].expires_at
+        for each in found:
+            if await store.uploads.forget_expired(each.upload_id, before):
+                deleted += await files.delete_uploads([each])
+                uploads += 1
+    return uploads, deleted
 
 
 def _refuse_open(tenant_id: str, found: Undeletable) -> None:

@@ -148,6 +148,11 @@ _EXPIRED: Final = (
     .order_by(uploads.c.expires_at)
     .limit(DELETED_AT_ONCE)
 )
+_DELETE_EXPIRED: Final = (
+    delete(uploads)
+    .where(uploads.c.upload_id == _ID, uploads.c.expires_at < bindparam("before"), ~_MAY_BE_NAMED)
+    .returning(uploads.c.upload_id)
+)
 _OF_TENANT: Final = select(uploads).where(uploads.c.tenant_id == _TENANT).limit(DELETED_AT_ONCE)
 _OLDEST: Final = select(func.min(uploads.c.created_at))
 _DELETE: Final = delete(uploads).where(uploads.c.upload_id == any_(_IDS))
@@ -218,6 +223,11 @@ async def forget(connection: AsyncConnection, upload_ids: Sequence[str]) -> None
     await connection.execute(_DELETE, {"ids": list(upload_ids)})
 
 
+async def forget_expired(connection: AsyncConnection, upload_id: str, before: datetime) -> bool:
+    """False if it is kept longer by now, an open task may name it, or it is gone."""
+    return await connection.scalar(_DELETE_EXPIRED, {"id": upload_id, "before": before}) is not None
+
+
 async def expired(connection: AsyncConnection, before: datetime, since: datetime) -> list[StoredUpload]:
     """Some uploads that expired before a time and not before another, in this order, and that no open task names."""
     return [_read(row) for row in await connection.execute(_EXPIRED, {"before": before, "since": since})]
@@ -276,6 +286,13 @@ class UploadRows:
     async def forget(self, upload_ids: Sequence[str]) -> None:
         await self._database.transaction(
             lambda connection: forget(connection, upload_ids), doing=f"deleting {len(upload_ids)} uploads"
+        )
+
+    async def forget_expired(self, upload_id: str, before: datetime) -> bool:
+        """Delete the row if it still expired before a time and no open task names it. Whether it did."""
+        return await self._database.transaction(
+            lambda connection: forget_expired(connection, upload_id, before),
+            doing=f"deleting the expired upload {upload_id}",
         )
 
     async def expired(self, before: datetime, *, since: datetime = LONG_AGO) -> list[StoredUpload]:

@@ -155,4 +155,6 @@ async def test_uploads_are_found_by_id_tenant_and_age(filled: Filled) -> None:
     await check_served(filled, lambda store: store.uploads.expired(datetime.now(UTC) - timedelta(days=1)))
     await check_served(filled, lambda store: store.uploads.of_tenant("tenant-7"))
     await check_served(filled, lambda store: store.uploads.oldest())
+    before = datetime.now(UTC) - timedelta(days=1)
+    await check_served(filled, lambda store: store.uploads.forget_expired("upload-7", before))
     await check_served(filled, lambda store: store.uploads.forget(["upload-7"]))

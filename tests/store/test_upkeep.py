@@ -23,8 +23,9 @@ from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.tenant_limits import NO_LIMITS
 from runtime.settings import Settings
 from store import NotTheClaimant, StoredUpload, TaskStore
+from store.__main__ import _purge
 from store.upkeep import LINES_AT_ONCE
-from store.uploads import DELETED_AT_ONCE
+from store.uploads import DELETED_AT_ONCE, UploadRows
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
 from tests.waiting import until
@@ -184,6 +185,35 @@ async def test_a_purge_deletes_uploads_a_day_after_they_expired_and_what_no_row_
     assert (code, files_in(tmp_path)) == (0, kept), output
     assert "1 uploads that had expired were deleted, and 4 files of uploads" in output
     assert [each.upload_id for each in await store.uploads.of_tenant("tenant-a")] == [expired.upload_id]
+    await store.close()
+
+
+async def test_an_upload_that_is_kept_longer_while_a_purge_runs_stays(
+    new_database: NewDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repeat of its order keeps it and writes its file again, after the purge had found it."""
+    dsn = await new_database()
+    store, hours = TaskStore(dsn), timedelta(hours=1)
+    repeated, old = upload_of("tenant-a", ago=26 * hours), upload_of("tenant-a", ago=26 * hours)
+    for upload in (repeated, old):
+        await store.uploads.admit(upload, NO_LIMITS)
+        write_files(tmp_path, f"tenant-a/{upload.upload_id}", age=26 * hours)
+    find = UploadRows.expired
+
+    async def found_before_the_repeat(rows: UploadRows, *args: Any, **since: Any) -> list[StoredUpload]:
+        found = await find(rows, *args, **since)
+        if found:
+            later = repeated.model_copy(update={"expires_at": datetime.now(UTC) + hours})
+            await store.uploads.admit(later, NO_LIMITS)
+            write_files(tmp_path, f"tenant-a/{repeated.upload_id}")
+        return found
+
+    monkeypatch.setattr(UploadRows, "expired", found_before_the_repeat)
+    stores: dict[str, Any] = {name.lower(): url for name, url in stores_beside(tmp_path).items()}
+    await _purge(Settings(_env_file=None, uploads_url=tmp_path.as_uri(), **stores), dsn)
+
+    assert files_in(tmp_path) == {f"tenant-a/{repeated.upload_id}"}
+    assert [each.upload_id for each in await store.uploads.of_tenant("tenant-a")] == [repeated.upload_id]
     await store.close()
 
 
