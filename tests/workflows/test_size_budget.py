@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from temporalio import workflow
 
+from comfyui_temporal.contracts.calls import CallFor, SnapshotOrder
 from comfyui_temporal.contracts.comfyui import JobCallback, ManifestReference, SnapshotReference, TrainingCallback
 from comfyui_temporal.contracts.continuation import (
     Continuation,
@@ -28,7 +29,8 @@ from comfyui_temporal.contracts.continuation import (
 )
 from comfyui_temporal.contracts.credits import Estimate, PreDeductRequest
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode
-from comfyui_temporal.contracts.give_back import Orphans
+from comfyui_temporal.contracts.give_back import Orphans, OwnEnd
+from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.prices import PriceTable
@@ -46,17 +48,19 @@ from comfyui_temporal.contracts.size_budget import (
     PAYLOAD_BYTES,
     json_bytes,
 )
+from comfyui_temporal.contracts.start_answer import Reached, StartAnswer
 from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.task_store import (
     Fact,
     PriceToConfirm,
+    RowSeen,
     TaskException,
     TaskRow,
     TaskState,
     TaskWrite,
     TrainedModel,
 )
-from comfyui_temporal.contracts.tasks import CreditsSummary, TaskStatus
+from comfyui_temporal.contracts.tasks import CreditsSummary, ImageResult, TaskStatus, TrainingProgress, TrainingResult
 from workflows.backlog import LEFT_OUT, Backlog
 from workflows.inbox import Inbox
 
@@ -333,11 +337,9 @@ def test_the_last_write_of_a_long_backlog_fits(text: str) -> None:
     assert record.unwritten[-1].key == "end"
 
 
-def test_the_input_of_a_give_back_fits() -> None:
-    run = training_run(CONTROLS)
-    assert run.carried is not None
-    state = run.carried.record.state
-    row = TaskRow(
+def filled_row(state: TaskState) -> TaskRow:
+    """Of a training that was renewed for thirty days: no list of its row is cut."""
+    return TaskRow(
         **state.model_dump(),
         **IDS,
         scene=Scene.MODEL_TRAIN,
@@ -349,9 +351,53 @@ def test_the_input_of_a_give_back_fits() -> None:
         created_at=NOW,
         updated_at=NOW,
         last_seq=1,
+        run_id=ID,
+        given_back_by=ID,
+        hold_ids=[f"{n:06}".ljust(128, "h") for n in range(1_440)],
+        job_ids=[f"{n:06}".ljust(128, "o") for n in range(MAX_ATTEMPTS)],
     )
-    left = Orphans(row=row, how="terminated", holds=run.carried.hold.asked, jobs=run.carried.jobs)
-    assert json_bytes(left) <= PAYLOAD_BYTES // 4
+
+
+def test_the_input_of_a_give_back_fits() -> None:
+    run = training_run(CONTROLS)
+    assert run.carried is not None
+    row = filled_row(run.carried.record.state)
+    call_for = CallFor(task_id=ID, tenant_id=ID, user_id=ID, scene=Scene.MODEL_TRAIN)
+    left = Orphans(
+        row=row,
+        how="terminated",
+        holds=run.carried.hold.asked,
+        jobs=run.carried.jobs,
+        snapshot=SnapshotOrder(call_for=call_for, dataset_id=ID, source_uri="s3://" + "x" * 2_043),
+        own_end=OwnEnd(status=TaskStatus.COMPLETED, message=CONTROLS[:340], result_urls=URLS, output=row.output),
+    )
+    assert json_bytes(left) <= PAYLOAD_BYTES // 2
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_a_run_reads_of_its_row_fits(text: str) -> None:
+    run = training_run(text)
+    assert run.carried is not None
+    life = EarlierLife(lives=MAX_ATTEMPTS, given_back_by=ID)
+    seen = RowSeen(life=life, row=filled_row(run.carried.record.state), told_points=-(10**9), life_seconds=1e6 / 3)
+    assert json_bytes(seen) <= PAYLOAD_BYTES // 4
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_results_and_answers_of_a_run_fit(text: str) -> None:
+    run = training_run(text)
+    assert run.carried is not None
+    state = run.carried.record.state.model_copy(update={"result_urls": URLS})
+    shared = {"task_id": ID, "status": state.status, "attempts": 4, "error_details": state.error}
+    assert state.confirmation is not None
+    answers = [
+        ImageResult(**shared, credits=state.credits, job_id=OUTSIDE_ID, result_urls=URLS),
+        TrainingResult(**shared, credits=state.credits, training_id=OUTSIDE_ID, output=state.output),
+        TrainingProgress(**shared, job_id=OUTSIDE_ID, confirmation=state.confirmation.shown()),
+        StartAnswer(reached=Reached.ENDED, state=state),
+    ]
+    for answer in answers:
+        assert json_bytes(answer) <= PAYLOAD_BYTES // 4, type(answer)
 
 
 def test_an_estimate_whose_numbers_grow_when_rewritten_keeps_what_is_used() -> None:
