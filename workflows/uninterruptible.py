@@ -50,12 +50,17 @@ UNINTERRUPTIBLE: Final = (
             "forgotten_jobs.ForgottenJobs.cancel",
             "forgotten_jobs.ForgottenJobs.learn_and_cancel",
             "forgotten_jobs.ForgottenJobs.delivery",
-            "row_look.RowLook.once",
             "row_look.RowLook.once_back",
             "row_look.RowLook.once_all_has_landed",
             "row_look.RowLook.ended",
             "training_dataset.TrainingDataset.delete",
         ),
+    ),
+    Uninterruptible(
+        "a look at the row",
+        "A short local try, then 15 s at most: as the task ends, or before it is found to lack the balance, when "
+        "nothing is begun.",
+        ("row_look.RowLook.once",),
     ),
     Uninterruptible(
         "background calls",
