@@ -372,6 +372,7 @@ class Oracle:
             ended_at = self._parties.store.events[-1].ts.timestamp()
             self._jobs.check_failure_of_any_life(closed.failure.application_failure_info.type, ended_at)
         self._settlement.check_after_reset(charged)
+        self._record.check_left_after_reset()
 
     def _may_fail_delivered(self, closed: Any) -> bool:
         """Delivered work is refused only where it costs less than nothing or could not be covered."""
