@@ -104,6 +104,14 @@ async def failed_image(platform: Platform, payer: Payer) -> Handle:
     return await over(await platform.start(task))
 
 
+async def failed_training(platform: Platform, payer: Payer) -> Handle:
+    task = payer.training()
+    await platform.simulators.admin.comfyui.fault(
+        "job_fail", route="create_training", task_id=task["task_id"], code="node_error"
+    )
+    return await over(await platform.start(task))
+
+
 async def refused_image(platform: Platform, payer: Payer) -> Handle:
     await payer.has(3)
     return await over(await platform.start(payer.image()))
@@ -156,7 +164,14 @@ async def topped_up_and_completed(platform: Platform, payer: Payer) -> Handle:
 
 
 async def given_back_image(platform: Platform, payer: Payer) -> Handle:
-    handle = await stalled(platform, payer.image())
+    return await given_back(platform, await stalled(platform, payer.image()))
+
+
+async def given_back_training(platform: Platform, payer: Payer) -> Handle:
+    return await given_back(platform, await stalled(platform, payer.training()))
+
+
+async def given_back(platform: Platform, handle: Handle) -> Handle:
     await handle.terminate("by a test")
     await platform.client.execute_workflow(
         GIVE_BACK_WORKFLOW,
@@ -213,6 +228,8 @@ ENDED = [
     Scenario("image given back", given_back_image),
     Scenario("image continued", completed_image, policy=CONTINUED),
     Scenario("training completed", completed_training),
+    Scenario("training failed", failed_training),
+    Scenario("training given back", given_back_training),
     Scenario("training cancelled", cancelled_by_temporal),
     Scenario("training retried", retried_training),
     Scenario("training topped up", topped_up_and_completed),
