@@ -37,7 +37,7 @@ COPY proof/conformance proof/conformance
 RUN python -m compileall -q --invalidation-mode unchecked-hash /app
 VOLUME /data
 
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="comfyui-temporal" \
       org.opencontainers.image.description="ComfyUI jobs and credits as durable Temporal workflows" \

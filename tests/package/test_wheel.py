@@ -108,7 +108,7 @@ def example(name: str) -> str:
 
 def test_the_wheel_holds_one_typed_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names} == {"comfyui_temporal", "comfyui_temporal-0.1.0.dist-info"}
+    assert {name.partition("/")[0] for name in names} == {"comfyui_temporal", "comfyui_temporal-0.2.0.dist-info"}
     assert "comfyui_temporal/py.typed" in names
     ours = {str(path.relative_to(PROJECT)) for path in (PROJECT / "comfyui_temporal").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ RECORDED = sorted(HISTORIES.glob("*.json"))
 
 def test_every_release_is_recorded() -> None:
     assert RELEASES[0] == "0.1.0" and RELEASES[-1] == NEWEST
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["version"] == NEWEST, "the folder of the version in progress has its name"
 
 
 def continuing_as(release: str, patch: pytest.MonkeyPatch) -> None:
