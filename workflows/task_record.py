@@ -163,8 +163,13 @@ class TaskRecord:
         self.state.gpu_slots = gpu_slots
 
     def job_failed(self, details: ErrorDetails | None) -> None:
-        """The error of the job that ended without a delivery; None once the next one may be requested."""
+        """The error of the job that ended without a delivery; None once the next one may be requested.
+
+        Nothing that the job still reports is its task's: its ticks are none from the next write on.
+        """
         self.state.error = details
+        if details is not None:
+            self.state.taken = None
 
     def estimated(self, minutes: float) -> None:
         self.state.estimated_time = minutes

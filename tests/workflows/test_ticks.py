@@ -136,6 +136,34 @@ async def test_a_run_that_was_reset_learns_again_of_a_delivery_that_a_poll_had_b
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
 
 
+async def test_a_job_that_was_given_up_ticks_no_more(slow_platform: Platform) -> None:
+    """ComfyUI answered 404 twice after a failover, came back, and the job it had goes on and calls back."""
+    slow_platform.policy = {"poll_after_seconds": 30.0, "poll_at_most_seconds": 30.0}
+    comfyui = slow_platform.simulators.admin.comfyui
+    handle = await started_job(slow_platform)
+    task_id, lost = task_id_of(handle), (await slow_platform.job(handle)).run_id
+    await report(slow_platform, handle, stage_progress=20.0)
+    await shown(slow_platform, handle, 20.0)
+    unknown = {"status": 404, "body": {"detail": {"code": "40401", "message": "job_not_found"}}}
+    for route, times in (("get_job", 2), ("cancel_job", None)):
+        await comfyui.fault("answer", route=route, task_id=task_id, times=times, **unknown)
+    for seconds in (31, 31, 11):  # a look into the store, then two polls
+        await slow_platform.pass_time(handle, seconds)
+        await slow_platform.until_settled(handle)
+    events, before = await slow_platform.store.events(task_id), await signals(handle)
+    assert events[-1].message == "Attempt 1 ended with lost; the next follows in 30 s."
+    await report(slow_platform, handle, stage_progress=50.0)
+
+    async def arrived() -> bool:
+        return await signals(handle) > before or len(await slow_platform.store.events(task_id)) > len(events)
+
+    await slow_platform.until(arrived)
+    assert await slow_platform.store.events(task_id) == events
+    await comfyui.act(lost, "finish")
+    await slow_platform.cancel(handle)
+    assert (await ended(slow_platform, handle)).status is TaskStatus.CANCELLED
+
+
 async def test_the_query_says_how_old_its_figures_are(platform: Platform) -> None:
     handle = await started_job(platform)
     first = (await platform.progress(handle))["as_of"]
