@@ -215,7 +215,8 @@ class JobWatch:
         """When to look into the store, or to poll; None while an answer is awaited."""
         if self._ticks.is_looking() or self._poll is not None:
             return None
-        dues = [due for due in (self._ticks.due(), self._poll_due()) if due is not None]
+        poll_due = self._poll_due()
+        dues = [due for due in (self._ticks.due(poll_due), poll_due) if due is not None]
         return min(dues, default=None)
 
     def _poll_due(self) -> datetime | None:
@@ -241,9 +242,9 @@ class JobWatch:
 
     def check(self) -> None:
         """Ask ComfyUI where it has been silent for too long, and the store has heard nothing either."""
-        if self._poll is None:
-            self._ticks.check()
         due = self._poll_due()
+        if self._poll is None:
+            self._ticks.check(due)
         if due is not None and workflow.now() >= due and not self._ticks.is_looking():
             self._ask()
 

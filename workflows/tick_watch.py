@@ -33,15 +33,18 @@ class TickWatch:
         self.polled_at: datetime | None = None
         """When this run last polled ComfyUI, with or without news."""
 
-    def due(self) -> datetime | None:
-        """When to look: once after each silence of a job that has reported."""
+    def due(self, poll_due: datetime | None) -> datetime | None:
+        """When to look: once after each silence of a job that has reported, and once more before it is polled.
+
+        `poll_due`: when ComfyUI is polled for that silence.
+        """
         state = self._state
         if not self._is_on() or self._look is not None or state.newest is None or state.last_news_at is None:
             return None
-        if state.unknown_since is not None or self._has_looked_since(state.last_news_at):
+        if state.unknown_since is not None or self._is_poll_wanted():
             return None
-        if self._is_poll_wanted():
-            return None
+        if self._has_looked_since(state.last_news_at):
+            return poll_due if self._looks_before(poll_due) else None
         return state.last_news_at + timedelta(seconds=self._outside.limits.poll_after_seconds)
 
     def is_looking(self) -> bool:
@@ -50,9 +53,9 @@ class TickWatch:
     def has_update(self) -> bool:
         return self._look is not None and self._look.done()
 
-    def check(self) -> None:
+    def check(self, poll_due: datetime | None) -> None:
         """Look if it is due."""
-        due = self.due()
+        due = self.due(poll_due)
         if due is None or workflow.now() < due or self._state.current is None:
             return
         self._state.looked_at = workflow.now()
@@ -97,6 +100,13 @@ class TickWatch:
 
     def _is_on(self) -> bool:
         return self._outside.limits.policy.short_way
+
+    def _looks_before(self, poll_due: datetime | None) -> bool:
+        """Whether a look that heard nothing is repeated as the poll is due: the job may tick again by then."""
+        looked_at = self._state.looked_at
+        if looked_at is None or poll_due is None or looked_at >= poll_due:
+            return False
+        return workflow.patched("looks-again-before-a-poll")
 
     def _has_looked_since(self, at: datetime) -> bool:
         return self._state.looked_at is not None and self._state.looked_at > at

@@ -16,6 +16,7 @@ from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, FailureCode, Refusal
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_SIGNAL_BYTES
+from comfyui_temporal.contracts.task_store import Heard, HeardOrder
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.limits import limits_of
 from workflows.job_routes import IMAGE_ROUTES
@@ -39,6 +40,9 @@ class FakeRecord:
 
     def apply(self, update: JobUpdate, *, attempt_changed: bool) -> None:
         self.applied.append((update.sequence, attempt_changed))
+
+    def heard(self, update: JobUpdate, *, at: datetime) -> None:
+        self.applied.append((update.sequence, False))
 
     def publish_progress(self, update: JobUpdate, *, is_new_stage: bool) -> None:
         self.published.append((update.sequence, is_new_stage))
@@ -65,19 +69,40 @@ class Poll:
         self.is_cancelled = True
 
 
+class Look:
+    """A look into the store, answered at once."""
+
+    def __init__(self, heard: Heard | None) -> None:
+        self._heard = heard
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Heard | None:
+        return self._heard
+
+
 class Polls:
-    """Replaces the calls of a task; keeps each poll."""
+    """Replaces the calls of a task; keeps each poll and each look."""
 
     call_for = CallFor(task_id="t1", tenant_id="tenant", user_id="user", scene=Scene.IMAGE_GENERATE)
 
     def __init__(self, limits: TaskLimits) -> None:
         self.all: list[Poll] = []
+        self.looks: list[HeardOrder] = []
+        self.heard: Heard | None = None
+        """What the store has."""
         self.limits = limits
 
     def visible(self, method: Any, call: Any, *, summary: str, **_: Any) -> Poll:
         assert (method, summary) == (IMAGE_ROUTES.get, "4 poll")
         self.all.append(Poll(call.job_id))
         return self.all[-1]
+
+    def local(self, method: Any, order: HeardOrder, *, summary: str) -> Look:
+        assert summary == "4 ticks heard"
+        self.looks.append(order)
+        return Look(self.heard)
 
 
 class Watched:
@@ -127,6 +152,15 @@ class Watched:
         self.pass_seconds(0.001)
         self.watch.check()
         return self.polls.all[-1]
+
+    def look(self) -> None:
+        """Wait until something is due, which is a look into the store, and take its answer."""
+        due_in, before = self.due_in(), len(self.polls.looks)
+        assert due_in is not None
+        self.pass_seconds(due_in)
+        self.watch.check()
+        assert len(self.polls.looks) == before + 1
+        self.watch.read()
 
     def answered(self, answer: Answer[JobState] | Exception) -> None:
         """Poll, and take this answer."""
@@ -440,6 +474,35 @@ def test_a_poll_that_shows_what_ticks_have_shown_ends_the_polls_for_half_an_hour
     ticking.answered(Answer(reply=state(4)))
 
     assert ticking.due_in() == 30.0, "the store is looked into, before a poll after 60 s"
+
+
+@pytest.fixture
+def expected_late(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """A job that expects to be done in ten minutes: it is polled after 120 s, and first looked for after 30 s."""
+    watched = Watched(monkeypatch, limits=limits_of(short_way=True))
+    watched.watch.follow("j1")
+    watched.receive(said(4, next_eta=(NOON + timedelta(minutes=10)).isoformat()))
+    return watched
+
+
+def test_a_job_that_ticks_again_after_a_look_that_heard_nothing_is_not_polled(expected_late: Watched) -> None:
+    expected_late.look()
+    assert expected_late.due_in() == 90.0
+    expected_late.polls.heard = Heard(sequence=90, progress=60.0, seconds_ago=1.0)
+    expected_late.look()
+
+    assert expected_late.polls.all == []
+    assert expected_late.record.applied == [(4, True), (90, False)]
+    assert expected_late.due_in() == 29.0
+
+
+def test_a_job_that_stays_silent_is_polled_after_a_second_look(expected_late: Watched) -> None:
+    expected_late.look()
+    expected_late.look()
+    expected_late.watch.check()
+
+    assert len(expected_late.polls.looks) == 2
+    assert [poll.job_id for poll in expected_late.polls.all] == ["j1"]
 
 
 @pytest.mark.parametrize("answer", ["the same state", "unknown", "unreadable"])
