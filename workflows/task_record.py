@@ -156,7 +156,7 @@ class TaskRecord:
         self.state.stage = None
         self.state.progress = 0.0
         self.state.taken = None
-        self._own.held_back = None
+        self._own.held_back = self._own.last_news_at = None
 
     def job_accepted(self, job_id: str | None, gpu_slots: int | None) -> None:
         self.state.job_id = job_id
@@ -230,7 +230,7 @@ class TaskRecord:
 
     @property
     def as_of(self) -> datetime | None:
-        """How old stage and figures are; None before a job has reported."""
+        """How old stage and figures are; None before the present attempt's job has reported."""
         return self._own.last_news_at
 
     def publish(self, key: str, event: EventType, **fields: Any) -> None:

@@ -366,7 +366,7 @@ class ImageProgress(OwnModel):
     gpu_slots: int | None = None
     queue_position: int | None = None
     as_of: Instant | None = None
-    """When these figures were news; the store may have newer ones."""
+    """When these figures were news; None before the attempt's job has reported. The store may have newer ones."""
     job_id: str | None = None
     attempts: int = 0
     error_details: ErrorDetails | None = None

@@ -15,6 +15,7 @@ from comfyui_temporal.contracts.comfyui import JobState
 from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, FailureCode, Refusal
 from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_SIGNAL_BYTES
 from comfyui_temporal.contracts.task_store import Heard, HeardOrder
 from comfyui_temporal.contracts.tasks import TaskStatus
@@ -37,12 +38,15 @@ class FakeRecord:
         """Sequence, and whether it is the attempt's first update."""
         self.published: list[tuple[int, bool]] = []
         """Sequence, and whether it is a new stage."""
+        self.as_of: datetime | None = None
+        """When the newest figures that the store had heard were news."""
 
     def apply(self, update: JobUpdate, *, attempt_changed: bool) -> None:
         self.applied.append((update.sequence, attempt_changed))
 
     def heard(self, update: JobUpdate, *, at: datetime) -> None:
         self.applied.append((update.sequence, False))
+        self.as_of = at
 
     def publish_progress(self, update: JobUpdate, *, is_new_stage: bool) -> None:
         self.published.append((update.sequence, is_new_stage))
@@ -494,6 +498,24 @@ def test_a_job_that_ticks_again_after_a_look_that_heard_nothing_is_not_polled(ex
     assert expected_late.polls.all == []
     assert expected_late.record.applied == [(4, True), (90, False)]
     assert expected_late.due_in() == 29.0
+
+
+@pytest.mark.parametrize("scene", Scene)
+def test_the_figures_of_a_job_that_ticks_are_as_old_as_a_silence_before_a_poll_at_most(
+    monkeypatch: pytest.MonkeyPatch, scene: Scene
+) -> None:
+    spec = SCENES[scene]
+    silence = {"poll_after_seconds": spec.poll_after_seconds, "poll_at_most_seconds": spec.poll_at_most_seconds}
+    watched = Watched(monkeypatch, limits=limits_of(short_way=True, **silence))
+    watched.watch.follow("j1")
+    watched.receive(said(1, next_eta=(NOON + timedelta(days=3)).isoformat()))
+    for sequence in range(2, 6):
+        watched.polls.heard = Heard(sequence=sequence, progress=1.0, seconds_ago=1.0)
+        watched.look()
+        assert watched.record.as_of is not None
+        due = watched.watch.due()
+        assert due is not None and due - watched.record.as_of == timedelta(seconds=spec.poll_after_seconds)
+    assert watched.polls.all == []
 
 
 def test_a_job_that_stays_silent_is_polled_after_a_second_look(expected_late: Watched) -> None:

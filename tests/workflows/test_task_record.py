@@ -114,6 +114,19 @@ def test_a_requested_job_keeps_nothing_of_the_one_before(recorded: Recorded) -> 
     assert (state.next_eta, state.queue_position) == (None, None)
 
 
+def test_a_requested_job_has_no_news_yet(recorded: Recorded) -> None:
+    recorded.receive(1, progress=40.0)
+    assert recorded.record.as_of == NOON
+    recorded.record.job_failed(ErrorDetails(code=FailureCode.LOST))
+    assert recorded.record.as_of == NOON, "the figures are still those of the job that failed"
+    recorded.record.attempted(2)
+    assert recorded.record.as_of is None
+
+    recorded.pass_seconds(5)
+    recorded.receive(1)
+    assert recorded.record.as_of == NOON + timedelta(seconds=5)
+
+
 def test_an_update_that_repeats_the_submitted_state_is_not_published(recorded: Recorded) -> None:
     recorded.record.submitted("queued")
     recorded.receive(1, is_new_stage=True, status=TaskStatus.QUEUED, stage="queued")
