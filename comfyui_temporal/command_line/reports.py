@@ -15,7 +15,7 @@ from rich.text import Text
 from comfyui_temporal.client.models import TaskDetails, TaskOutcome, TaskSummary
 from comfyui_temporal.command_line.failures import CommandFailure
 from comfyui_temporal.command_line.glances import Glance
-from comfyui_temporal.command_line.terminal import confirmation_of, eta_of, printable
+from comfyui_temporal.command_line.terminal import confirmation_of, eta_of, printable, span
 from comfyui_temporal.contracts.comfyui import TrainingOutput
 from comfyui_temporal.contracts.tasks import (
     CreditsSummary,
@@ -94,6 +94,7 @@ def _progress_lines(task_id: str, progress: TrainingProgress) -> Lines:
     yield "status", progress.status.value
     yield "stage", f"{progress.stage or '-'}, {progress.progress:.0f} %"
     yield "ETA", eta_of(progress)
+    yield "as of", f"{span((datetime.now(UTC) - progress.as_of).total_seconds())} ago" if progress.as_of else ""
     if progress.confirmation is not None:
         yield "waits", confirmation_of(task_id, progress.confirmation)
     yield "job", progress.job_id or ""

@@ -1,10 +1,21 @@
-"""What a person reads of a task's credits: what is not known is said to be unknown."""
+"""What a person reads of a task: what is not known is said to be unknown, and how old figures are."""
 
 from __future__ import annotations
 
-from comfyui_temporal.command_line.reports import credit_lines
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from comfyui_temporal.client.models import TaskDetails, TaskSummary
+from comfyui_temporal.command_line.reports import credit_lines, details_lines
 from comfyui_temporal.contracts.credits import LedgerEntry
-from comfyui_temporal.contracts.tasks import CreditsSummary, ImageResult, SettlementState, TaskStatus
+from comfyui_temporal.contracts.tasks import (
+    CreditsSummary,
+    ImageResult,
+    SettlementState,
+    TaskStatus,
+    TrainingProgress,
+)
 from doctor.books import _check_task
 from doctor.finding import Verdict
 
@@ -37,3 +48,12 @@ def test_the_books_of_a_ledger_by_reason_are_no_sum() -> None:
     right = _check_task("t", entries, CreditsSummary(held=24, charged=24, settlement=SettlementState.SETTLED))
     assert right.verdict is Verdict.OK
     assert _check_task("t", entries, UNKNOWN).verdict is Verdict.WRONG
+
+
+@pytest.mark.parametrize(("hours", "shown"), [(2, "2 h 0 min ago"), (None, "")], ids=["reported", "not yet"])
+def test_show_says_how_old_the_figures_are(hours: int | None, shown: str) -> None:
+    as_of = datetime.now(UTC) - timedelta(hours=hours) if hours else None
+    progress = TrainingProgress(task_id="t", status=TaskStatus.RUNNING, stage="processing", progress=42.0, as_of=as_of)
+    details = TaskDetails(task=TaskSummary(task_id="t", workflow_id="task-t"), progress=progress)
+    lines = dict(details_lines(details))
+    assert (lines["stage"], lines["as of"]) == ("processing, 42 %", shown)
