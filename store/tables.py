@@ -127,8 +127,8 @@ tasks = Table(
     Index("tasks_queued", "priority", postgresql_where=text("status = 'queued'")),
     comment="One row a task; job_sequences: the newest sequence written of each job.",
 )
-"""`taken` is what the workflow last took of its job, `ticked_at` the last tick. `run_id` is the acting run, `lives`
-counts resets, `hold_ids` and `job_ids` are those of every run."""
+"""`taken` is what the workflow last took of its job, `ticked_at` the last tick that is like it. `run_id` is the acting
+run, `lives` counts resets, `hold_ids` and `job_ids` are those of every run."""
 
 task_events = Table(
     "task_events",

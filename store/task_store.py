@@ -242,7 +242,7 @@ class TaskStore:
     async def heard(self, order: HeardOrder, run_id: str, *, within_seconds: float = WORK_SECONDS) -> Heard | None:
         """The newest figures of a job that came as a tick; None without any, and for a run that does not act."""
         return await self._database.read(
-            lambda connection: ticks.heard(connection, order.task_id, order.job_id, run_id),
+            lambda connection: ticks.heard(connection, order, run_id),
             doing=f"reading what was heard of the task {order.task_id}",
             within_seconds=within_seconds,
         )

@@ -52,6 +52,7 @@ _LOCK: Final = (
         tasks.c.next_eta,
         tasks.c.queue_position,
         tasks.c.last_event_at,
+        tasks.c.taken,
         (
             bindparam("holds", type_=ARRAY(Text)).contained_by(tasks.c.hold_ids)
             & bindparam("jobs", type_=ARRAY(Text)).contained_by(tasks.c.job_ids)
@@ -224,6 +225,8 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
         state = write.state
         progress = so_far.reached(max(state.attempts, 1), state.stage, state.progress)
         changes |= _columns(state.model_copy(update={"progress": progress}), _JSON_STATE)
+        if _report(changes["taken"]) != _report(row.taken):
+            changes["ticked_at"] = None  # ticks so far were like another report
     if taken:
         changes |= {
             "last_seq": so_far.last_seq,
@@ -241,6 +244,11 @@ async def write_task(connection: AsyncConnection, write: TaskWrite, run: TaskRun
     if write.exceptions:
         await insert_exceptions(connection, write.task_id, write.exceptions)
     return Written(ended=so_far.has_ended and not had_ended, scene=row.scene)
+
+
+def _report(taken: dict[str, Any] | None) -> tuple[str, str] | None:
+    """Which reports are like it: those of its job that say the same."""
+    return (taken["job_id"], taken["digest"]) if taken else None
 
 
 def _in_order_of_time(taken: Sequence[tuple[int, Fact]], last: datetime | None) -> Iterator[tuple[int, Fact]]:

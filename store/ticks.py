@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from comfyui_temporal.contracts.fields import repaired
-from comfyui_temporal.contracts.task_store import Heard
+from comfyui_temporal.contracts.task_store import Heard, HeardOrder
 from comfyui_temporal.contracts.ticks import Tick, TickVerdict
 from store.tables import EVENTS_CHANNEL, tasks
 
@@ -97,6 +97,7 @@ LOCKED_SECONDS: Final = 0.1
 """Until a row that another writer has is tried again."""
 
 _JOB: Final = bindparam("job", type_=Text)
+_DIGEST: Final = bindparam("digest", type_=Text)
 _HEARD: Final = select(
     tasks.c.job_sequences[_JOB].astext.label("sequence"),
     tasks.c.progress,
@@ -108,6 +109,7 @@ _HEARD: Final = select(
     tasks.c.run_id == bindparam("run", type_=Text),
     tasks.c.ticked_at.is_not(None),
     tasks.c.taken["job_id"].astext == _JOB,
+    _DIGEST.is_(None) | (tasks.c.taken["digest"].astext == _DIGEST),
 )
 
 
@@ -132,12 +134,13 @@ def _document(tick: Tick) -> dict[str, Any]:
     return tick.model_dump(mode="json") | {"job_id": repaired(tick.job_id)}
 
 
-async def heard(connection: AsyncConnection, task_id: str, job_id: str, run_id: str) -> Heard | None:
+async def heard(connection: AsyncConnection, order: HeardOrder, run_id: str) -> Heard | None:
     """The newest figures of the task's current job that came as a tick; None without any.
 
+    None too where the ticks are not like the run's newest report, whose write is under way: they say something else.
     None for a run that does not act yet, because it was reset: an earlier life may have learned of the job by a poll
     what this run has not, and its sequence would hide that from this run.
     """
-    values = {"task": task_id, "job": repaired(job_id), "run": run_id}
+    values = {"task": order.task_id, "job": repaired(order.job_id), "digest": order.digest, "run": run_id}
     row = (await connection.execute(_HEARD, values)).one_or_none()
     return None if row is None or row.sequence is None else Heard.model_validate(dict(row._mapping))

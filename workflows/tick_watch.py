@@ -16,6 +16,7 @@ from temporalio.workflow import ActivityHandle
 from activities.task_store import TaskStoreActivities
 from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
 from comfyui_temporal.contracts.task_store import Heard, HeardOrder
+from comfyui_temporal.contracts.ticks import digest_of
 from workflows.outside_call import OutsideCall
 from workflows.step_labels import HEARD
 
@@ -55,11 +56,11 @@ class TickWatch:
 
     def check(self, poll_due: datetime | None) -> None:
         """Look if it is due."""
-        due = self.due(poll_due)
-        if due is None or workflow.now() < due or self._state.current is None:
+        due, newest = self.due(poll_due), self._state.newest
+        if due is None or workflow.now() < due or self._state.current is None or newest is None:
             return
         self._state.looked_at = workflow.now()
-        order = HeardOrder(task_id=self._task_id, job_id=self._state.current)
+        order = HeardOrder(task_id=self._task_id, job_id=self._state.current, digest=digest_of(newest))
         self._look = self._outside.local(TaskStoreActivities.heard, order, summary=HEARD)
 
     def stop(self) -> None:

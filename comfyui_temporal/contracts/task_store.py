@@ -281,6 +281,8 @@ class HeardOrder(OwnModel):
 
     task_id: str
     job_id: str
+    digest: str | None = None
+    """Of the run's newest report: only ticks that are like it are heard. None: not compared."""
 
 
 class Heard(OwnModel):

@@ -116,6 +116,8 @@ class StoreModel:
                     self._balance(fact, write.state.credits.charged)
                 self._append(fact)
         if not had_ended and (write.state.version > self._version or self.has_ended):
+            if _report(write.state) != _report(self.state):
+                self._ticked_at = None
             self.state, self._version = write.state, write.state.version
             self._list_ids(write.state)
         for exception in write.exceptions:
@@ -175,6 +177,7 @@ class StoreModel:
             or state is None
             or state.taken is None
             or state.taken.job_id != order.job_id
+            or order.digest not in (None, state.taken.digest)
             or self._ticked_at is None
         ):
             return None
@@ -313,3 +316,8 @@ class StoreModel:
             return self._reached.get(at, 0.0)
         last = self.events[-1] if self.events else fact
         return (last.progress or 0.0) if (last.attempt, last.stage) == at else 0.0
+
+
+def _report(state: TaskState | None) -> tuple[str, str] | None:
+    """Which reports are like what the workflow took: those of its job that say the same."""
+    return (state.taken.job_id, state.taken.digest) if state and state.taken else None

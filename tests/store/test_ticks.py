@@ -227,6 +227,24 @@ async def test_what_was_heard_is_the_newest_tick_of_the_current_job(task_store: 
     assert await task_store.heard(HeardOrder(task_id=task_id, job_id="k"), run_id) is None
 
 
+async def test_ticks_that_say_something_else_than_the_run_are_not_heard(task_store: TaskStore) -> None:
+    """The run took a report with another estimate; its write is under way, and the job went back to the first one."""
+    task_id = await taken(task_store, digest="five minutes")
+    run_id = await acting(task_store, task_id)
+    await task_store.write_ticks([tick(task_id, 3, digest="five minutes")])
+    order = HeardOrder(task_id=task_id, job_id="j", digest="seven minutes")
+    assert await task_store.heard(order, run_id) is None
+
+    report = TakenReport(job_id="j", sequence=2, digest="seven minutes")
+    late = fact("j:2", job_id="j", sequence=2, stage="processing", is_change=True)
+    await task_store.write(write_of(task_id, late, version=2, job_id="j", attempts=1, stage="processing", taken=report))
+    assert await task_store.heard(order, run_id) is None, "the tick was like the report before"
+
+    assert await written(task_store, tick(task_id, 4, digest="seven minutes")) is TickVerdict.WRITTEN
+    heard = await task_store.heard(order, run_id)
+    assert heard is not None and heard.sequence == 4
+
+
 async def test_a_run_that_was_reset_hears_nothing_of_what_its_earlier_life_took(task_store: TaskStore) -> None:
     task_id = await taken(task_store)
     await acting(task_store, task_id)

@@ -19,6 +19,7 @@ from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_SIGNAL_BYTES
 from comfyui_temporal.contracts.task_store import Heard, HeardOrder
 from comfyui_temporal.contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.ticks import digest_of
 from tests.workflows.limits import limits_of
 from workflows.job_routes import IMAGE_ROUTES
 from workflows.job_watch import JobWatch
@@ -491,6 +492,8 @@ def expected_late(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 def test_a_job_that_ticks_again_after_a_look_that_heard_nothing_is_not_polled(expected_late: Watched) -> None:
     expected_late.look()
+    newest, [order] = expected_late.watch.newest, expected_late.polls.looks
+    assert newest is not None and order.digest == digest_of(newest), "only ticks that are like it are heard"
     assert expected_late.due_in() == 90.0
     expected_late.polls.heard = Heard(sequence=90, progress=60.0, seconds_ago=1.0)
     expected_late.look()
