@@ -35,17 +35,17 @@ class Window:
                 f"The GPU window closed at {self.closes.isoformat()} before the training began.",
             )
 
-    def end_of_start(self, failure: TaskFailed) -> TaskFailed:
-        """What ends a task whose start failed: that the window closes, where it left no time to repeat the call."""
+    def end_of_start(self, failure: TaskFailed) -> None:
+        """Raise TaskFailed `gpu_unavailable` where the window left no time to repeat the start that failed."""
         repeated_within = RETRY.maximum_interval
         assert repeated_within is not None
         if self.closes is None or self.closes - workflow.now() > repeated_within or failure.code not in _REPEATED:
-            return failure
-        return TaskFailed(
+            return
+        raise TaskFailed(
             FailureCode.GPU_UNAVAILABLE,
             "ComfyUI did not confirm the training's start within its GPU window, which closes at "
             f"{self.closes.isoformat()}: {failure}",
-        )
+        ) from failure
 
     async def opens(self) -> None:
         """Wait until it opens. Raises as `check` and as `InterruptibleWaits.until`."""

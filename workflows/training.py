@@ -120,7 +120,8 @@ class TrainingWorkflow(TaskFlow[TrainingRun, TrainingResult]):
                 again=self.may_start_again,
             )
         except TaskFailed as failure:
-            raise self.window.end_of_start(failure) from failure
+            self.window.end_of_start(failure)
+            raise
         if answer.refusal is not None:
             raise TaskFailed.by_refusal(answer.refusal)
         if answer.not_offered:

@@ -10,17 +10,26 @@ import hashlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from temporalio import workflow
 
 from activities.datasets import DatasetSnapshots
-from comfyui_temporal.contracts.comfyui import TrainingDraft, TrainingRequest
+from comfyui_temporal.contracts.calls import CallFor
+from comfyui_temporal.contracts.comfyui import TrainingAccepted, TrainingDraft, TrainingRequest
+from comfyui_temporal.contracts.errors import FailureCode
+from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.task_events import EventType
-from comfyui_temporal.contracts.tasks import TaskStatus
+from comfyui_temporal.contracts.tasks import GpuWindow, TaskStatus
 from tests.workflows.books import Ending, ended
 from tests.workflows.payers import holds_of, kinds_of, new_payer, until_price_shown, until_started
 from tests.workflows.platform import Handle, Platform, sent, task_id_of
+from workflows.failures import TaskFailed
+from workflows.gpu_window import Window
+from workflows.interruptible import InterruptibleWaits
+from workflows.training import TrainingWorkflow
 
 PRICE = 120
 HOUR = 3_600.0
@@ -101,6 +110,34 @@ async def test_a_start_that_is_not_confirmed_before_the_window_closes_ends_for_t
     ending = await ended(patient_platform, handle)
     assert (ending.code, ending.charged) == ("gpu_unavailable", 0)
     assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel"]
+
+
+@pytest.mark.parametrize("closes_in", [None, 20, HOUR], ids=["no window", "closes now", "closes later"])
+async def test_a_failed_start_keeps_its_cause(monkeypatch: pytest.MonkeyPatch, closes_in: float | None) -> None:
+    """An exception that is raised from itself has lost its cause, and whoever follows its causes never ends."""
+    now, silence = datetime.now(UTC), ValueError("no answer")
+    monkeypatch.setattr(workflow, "now", lambda: now)
+    closes = GpuWindow(not_after=now + timedelta(seconds=closes_in)) if closes_in else None
+
+    async def unanswered(*_: Any, **__: Any) -> None:
+        raise TaskFailed(FailureCode.COMFYUI_UNAVAILABLE, "ComfyUI does not answer.") from silence
+
+    call_for = CallFor(task_id="t", tenant_id="tenant", user_id="user", scene=Scene.MODEL_TRAIN)
+    flow = SimpleNamespace(
+        window=Window(closes, cast(InterruptibleWaits, None)),
+        outside=SimpleNamespace(call_for=call_for, key=lambda step, n: f"t:{step}:{n}", setup=unanswered),
+        attempts=SimpleNamespace(key_number=1),
+        clock=SimpleNamespace(start=lambda: now),
+        may_start_again=None,
+    )
+    with pytest.raises(TaskFailed) as raised:
+        await TrainingWorkflow.start(cast(TrainingWorkflow, flow), TrainingAccepted(training_id="j", gpu_hours=1.0))
+    failures = [raised.value]
+    while isinstance(failures[-1].__cause__, TaskFailed) and len(failures) < 9:
+        failures.append(failures[-1].__cause__)
+    codes = ["gpu_unavailable", "comfyui_unavailable"] if closes_in == 20 else ["comfyui_unavailable"]
+    assert [failure.code for failure in failures] == codes
+    assert failures[-1].__cause__ is silence
 
 
 @pytest.mark.parametrize(
