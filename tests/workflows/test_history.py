@@ -15,7 +15,8 @@ from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
 from proof.benchmarks.history_cost import billable_actions
 from store import TaskStore
 from tests.workflows.books import ended
-from tests.workflows.platform import running_platform
+from tests.workflows.platform import Platform, running_platform
+from tests.workflows.test_ticks import heard, report, shown, started_job
 
 
 class Cost(NamedTuple):
@@ -27,6 +28,12 @@ class Cost(NamedTuple):
 COST = Cost(signals=2, events=42, actions=16)
 COST_OF_SIGNALS = Cost(signals=5, events=57, actions=22)
 """With `--signals`."""
+
+OF_THE_CLOCK = {
+    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_OPTIONS_UPDATED,
+    EventType.EVENT_TYPE_WORKFLOW_EXECUTION_TIME_SKIPPING_TRANSITIONED,
+}
+"""The events by which a test moves a run's clock."""
 
 
 def names_of(events: list[HistoryEvent]) -> list[str]:
@@ -50,6 +57,28 @@ async def test_an_image_task_with_five_spread_callbacks_stays_small(
     names = names_of(events)
     assert len(events) <= cost.events, names
     assert billable_actions(events) <= cost.actions, names
+
+
+@pytest.mark.usefixtures("short_way")
+async def test_a_look_into_the_store_costs_six_events_and_two_actions(slow_platform: Platform) -> None:
+    """A job that ticks for longer than 30 s: its run takes the figures over, once in 30 s.
+
+    Before the first look an older timer may fire, and the run notes its version with it.
+    """
+    handle = await started_job(slow_platform)
+    looks = []
+    for progress in (20.0, 30.0, 40.0):
+        await report(slow_platform, handle, stage_progress=progress)
+        await shown(slow_platform, handle, progress)
+        before = len([event async for event in handle.fetch_history_events()])
+        await slow_platform.pass_time(handle, 31)
+        await heard(slow_platform, handle, progress)
+        since = [event async for event in handle.fetch_history_events()][before:]
+        looks.append([event for event in since if event.event_type not in OF_THE_CLOCK])
+    assert len(looks[0]) <= 13 and billable_actions(looks[0]) <= 3, names_of(looks[0])
+    assert [billable_actions(look) for look in looks[1:]] == [2, 2]
+    step = ["TIMER_FIRED", *(f"WORKFLOW_TASK_{end}" for end in ("SCHEDULED", "STARTED", "COMPLETED"))]
+    assert [names_of(look) for look in looks[1:]] == 2 * [[*step, "MARKER_RECORDED", "TIMER_STARTED"]]
 
 
 async def test_the_calls_of_a_history_read_as_the_step_table(

@@ -42,6 +42,16 @@ async def shown(platform: Platform, handle: Handle, progress: float) -> None:
     await platform.until(reached)
 
 
+async def heard(platform: Platform, handle: Handle, progress: float) -> None:
+    """Wait until the run has taken this progress over from the store, and nothing more happens in it."""
+
+    async def taken() -> bool:
+        return bool((await platform.progress(handle))["progress"] == progress)
+
+    await platform.until(taken)
+    await platform.until_settled(handle)
+
+
 async def signals(handle: Handle) -> int:
     return len([event async for event in handle.fetch_history_events() if event.event_type == SIGNALED])
 
@@ -83,11 +93,7 @@ async def test_a_job_that_ticks_is_not_polled_and_one_that_falls_silent_is(slow_
     await report(slow_platform, handle, stage_progress=30.0)
     await shown(slow_platform, handle, 30.0)
     await slow_platform.pass_time(handle, 31)
-
-    async def heard() -> bool:
-        return bool((await slow_platform.progress(handle))["progress"] == 30.0)
-
-    await slow_platform.until(heard)
+    await heard(slow_platform, handle, 30.0)
     assert await scheduled(handle, "get_job") == []
     for progress in (31.0, 32.0, 33.0, 34.0, 35.0, 36.0):
         await report(slow_platform, handle, stage_progress=progress)
