@@ -125,7 +125,8 @@ async def wait_again(handle: WorkflowHandle[Any, Any], *, within_seconds: float)
         answer = await go_on_waiting(handle, update_id, within_seconds=ends_at - time.monotonic())
         if answer is None or answer.reached is not Reached.CONFIRMATION:
             return answer
-        if await still_asks(handle, answer.state.confirmation):
+        asked = answer.state.confirmation
+        if await still_asks(handle, asked.shown() if asked is not None else None):
             return answer
         update_id = f"{WAIT_UNTIL_HELD}:{answer.state.version}"
 
