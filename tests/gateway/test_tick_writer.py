@@ -96,9 +96,8 @@ async def test_a_report_that_the_row_knows_by_a_poll_is_a_tick_at_once(task_stor
         polled = TakenReport(job_id="job-1", sequence=3, digest=digest(**MORE_TIME))
         await task_store.write(write_of(task_id, version=2, job_id="job-1", attempts=1, taken=polled))
 
-        assert await writer.take(task_id, report(task_id, 4, 30.0, **MORE_TIME)) is Ticked.COALESCED
-        await until(lambda: shows(task_store, task_id, 30.0))
-    assert long_way.taken == []
+        assert await writer.take(task_id, report(task_id, 4, 30.0, **MORE_TIME)) is Ticked.STORED
+    assert (long_way.taken, await progress_of(task_store, task_id)) == ([], 30.0)
 
 
 async def shows(store: TaskStore, task_id: str, progress: float) -> bool:
