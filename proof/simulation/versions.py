@@ -20,6 +20,7 @@ NEW_SINCE_0_1_0: Final = frozenset(
         "hold.settlement",
         *(f"record.{name}" for name in ("claimed_at", "input_sha256", "written_version", "unwritten.is_change")),
         *(f"record.state.{name}" for name in ("credits.pre_deduct_count", "credits.settlement", "dataset", "taken")),
+        *(f"record.{name}.confirmation.is_running" for name in ("state", "unwritten")),
         *(f"{name}.output.sha256" for name in ("record.state", "record.unwritten", "watch.inbox", "watch.newest")),
         *(f"watch.{name}" for name in ("looked_at", "reported_at", "unreadable", "unreadable_since")),
     }
