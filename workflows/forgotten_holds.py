@@ -14,6 +14,7 @@ from temporalio import workflow
 from comfyui_temporal.contracts.credits import CancelHoldReply
 from comfyui_temporal.contracts.errors import HOLD_NAMELESS, Answer, ExceptionCode, Refusal, RefusalKind
 from comfyui_temporal.contracts.requests import HoldState, RequestedHold
+from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_search import LedgerSearch
 from workflows.row_look import RowLook
@@ -57,6 +58,8 @@ class ForgottenHolds:
         self.is_done = False
         """Whether they were given back: no more of them can appear."""
         self._cancelled: set[str] = set()
+        self._seen: set[str] = set()
+        """Ids of the task's holds that row, ledger and this run knew when they were given back."""
 
     def left(self) -> list[str]:
         """Those that only the row knows and that this run has not cancelled."""
@@ -68,6 +71,13 @@ class ForgottenHolds:
     def cancelled(self) -> int:
         """How many holds this run has cancelled here: of them, a cancel took effect."""
         return len(self._cancelled)
+
+    @property
+    def known(self) -> int:
+        """How many holds the task has had at least, in all its lives."""
+        own = {hold.pre_deduct_id for hold in self._state.asked if hold.pre_deduct_id}
+        in_row = self._look.row.hold_ids if self._look.row is not None else []
+        return max(len(self._seen.union(own, in_row)), self._state.granted_before + len(own))
 
     @property
     def numbers_taken(self) -> int:
@@ -93,6 +103,7 @@ class ForgottenHolds:
         if len(in_ledger) > 1 and workflow.patched(NEWEST_LAST):
             in_ledger.reverse()  # a ledger is newest first
         known = dict.fromkeys([*in_row, *in_ledger])
+        self._seen.update(known)
         may_stand = self._may_stand(list(known), own, ledger)
         kept = may_stand[-1] if keep_one and may_stand and self._state.asked else None
         if kept is not None and kept not in own:
@@ -104,7 +115,10 @@ class ForgottenHolds:
             doubtful = self._doubtful(ledger)
         others = [each for each in may_stand if each != kept and (keep_one or each not in own)]
         if await self._cancel_all([*doubtful, *others], own):
-            ledger = await self._ledger.once_all_ended(but=self.own_standing(), known=len(known))
+            # Without ids only a full ledger shows that none is missing.
+            is_by_count = ledger is not None and not ledger.tells_ids and len(in_row) >= MAX_KEPT_HOLDS
+            count = self.known if is_by_count else len(known)
+            ledger = await self._ledger.once_all_ended(but=self.own_standing(), known=count)
         is_learned = self._learn_charged(ledger)
         if is_learned and not keep_one and self._ends.are_unknown and self._have_all_ended(ledger, list(known)):
             self._ends.find_out_again()

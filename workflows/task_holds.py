@@ -50,6 +50,7 @@ SHORTEST_LIFE_SECONDS: Final = 120
 """Past the deadline, for example. A hold of 60 s would be too short as soon as it is granted, again and again."""
 STOPPED_MAY_BE_HELD: Final = "stopped-renewal-may-be-held"
 CONFLICT_LOOKED_UP: Final = "cancel-under-a-taken-key-looked-up"
+ALL_LIVES_COUNTED: Final = "holds-of-all-lives-counted-in-an-end"
 UNKNOWN_HOLD_PUBLISHED: Final = "unknown-hold-told-as-given-back"
 
 Back = Callable[[Callable[[], bool]], Awaitable[None]]
@@ -364,6 +365,9 @@ class TaskHolds:
             if not self.forgotten.is_done:  # while they are open the ledger cannot show which end is this hold's
                 await self.forgotten.give_back()
             known = sum(bool(each.pre_deduct_id) for each in self.state.asked)
+            # A ledger that lags may show the end of an earlier life's hold, and this one not at all.
+            if self.forgotten.known > known and workflow.patched(ALL_LIVES_COUNTED):
+                known = self.forgotten.known
             others = self.forgotten.own_standing() - (not hold.resolved)
             return await self.ledger.fate_by_all(hold, known=known, but=others)
         return await self.ledger.fate_of(hold)

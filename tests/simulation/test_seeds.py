@@ -96,6 +96,24 @@ def test_a_schedule_of_many_resets_that_once_failed_keeps_the_invariants(seed: i
     assert problems_of("training", seed, profile, 0.5) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "seed", "profile", "resets"),
+    [
+        pytest.param("image", 264, "field", 0.5, id="a ledger that lags shows the end of another hold alone"),
+        pytest.param("training", 706, "both", RESETS, id="a start that its window cuts short"),
+        pytest.param("training", 824, "both", RESETS, id="a delivery before its price is confirmed"),
+        pytest.param("training", 1298, "both", RESETS, id="a price that rises as the run continues as new"),
+        pytest.param("training", 6494, "both", RESETS, id="a price that rises while an old hold's end is looked for"),
+        pytest.param("training", 7072, "both", RESETS, id="a refused cancel of an earlier life's hold"),
+        pytest.param("training", 7115, "both", RESETS, id="a call that hangs over a reset"),
+    ],
+)
+def test_a_schedule_with_troubles_that_once_failed_keeps_the_invariants(
+    kind: str, seed: int, profile: str, resets: float
+) -> None:
+    assert problems(kind, range(seed, seed + 1), profile, resets) == []
+
+
 def test_the_seeds_reset_runs_on_both_profiles() -> None:
     for profile in ("contract", "field"):
         outcomes = [play(seed, "image", profile=profile, resets=1.0) for seed in range(8)]
