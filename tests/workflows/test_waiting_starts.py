@@ -57,7 +57,7 @@ async def test_a_training_tells_its_price_and_later_that_it_is_held(direct_platf
     handle = await direct_platform.start_training(max_credits=None)
     answer = await told(handle)
     wanted = await until_price_shown(direct_platform, handle)
-    assert (answer["reached"], answer["state"]["confirmation"]) == ("confirmation", wanted)
+    assert (answer["reached"], answer["state"]["confirmation"]) == ("confirmation", wanted | {"is_running": False})
     assert (await told(handle))["reached"] == "confirmation"
     await handle.execute_update("confirm_price", {"max_credits": wanted["estimated_cost"]})
     answer = await told(handle)
