@@ -55,7 +55,7 @@ endef
 
 test: lint types imports schemas pytest ## all checks and most tests, in about six minutes
 
-test-long: pytest-long ## the tests that take a second each and more: outages, kills, fleets, whole pages (PART=1/3)
+test-long: pytest-long ## the tests that take a second each and more: outages, kills, fleets, whole pages (PART=1/4)
 
 test-all: lint types imports schemas pytest-all ## every test, the slow ones too
 
