@@ -101,7 +101,7 @@ mutation: setup ## which small mistakes neither simulation nor tests see (ONLY=w
 	@$(BIN)/python -m proof.mutation $(if $(READ),--read) $(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TESTS),--tests $(TESTS))
 
 kill-points: setup ## the whole stack struck at every instant of both flows (ONLY="image: commit" KINDS=worker-killed,… PROFILE=field)
-	@$(BIN)/python -m proof.kill_points $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS))
+	@$(BIN)/python -m proof.kill_points $(if $(PROFILE),--profile $(PROFILE)) $(if $(ONLY),--only "$(ONLY)") $(if $(KINDS),--kinds $(KINDS)) $(if $(WITHIN),--within $(WITHIN))
 
 screenshots: setup ## the live page's pictures for README and docs/page.md (needs Chromium)
 	@mkdir -p docs/images && SCREENSHOTS=docs/images $(BIN)/python -m pytest -q tests/page/test_pictures.py
