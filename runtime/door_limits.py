@@ -22,6 +22,8 @@ import structlog
 log = structlog.get_logger(__name__)
 
 HEAD_SECONDS: Final = 10.0
+KEPT_SECONDS: Final = 75.0
+"""Longer than a load balancer keeps an idle connection (60 s): a request that is sent while this end closes is lost."""
 STALL_SECONDS: Final = 30.0
 MAX_CONNECTIONS: Final = 20_000
 OWN_FILES: Final = 256
@@ -80,6 +82,8 @@ class DoorLimits:
     trusted_proxies: Sequence[str] = ("127.0.0.1", "::1")
     connections: int = MAX_CONNECTIONS
     head_seconds: float = HEAD_SECONDS
+    kept_seconds: float = KEPT_SECONDS
+    """How long a connection may wait for its next request. It makes room as every waiting connection does."""
     stall_seconds: float = STALL_SECONDS
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """How every HTTP door of ours is served: uvicorn, and what a connection may cost before it says who it is.
 
-    accepted ─▶ waits for a head ─▶ a request is answered ─▶ waits for a head ─▶ …
-                10 s, 16 KiB         its route bounds the body    10 s, 16 KiB; what is left of a body: 8 MiB
+    accepted ─▶ waits for a head ─▶ a request is answered ─▶ waits for the next ─▶ …
+                10 s, 16 KiB         its route bounds the body    75 s for its first byte, then as before;
+                                                                  what is left of a body: 10 s, 8 MiB
 
 Who may have how many connections open is the door's (door_limits.py).
 
@@ -14,6 +15,7 @@ Departures from uvicorn
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import suppress
 from typing import Any, Final
 
@@ -59,6 +61,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._incomplete_bytes = 0
         self._rest_bytes = 0
         self._has_sent = False
+        self._is_kept = False
+        """Whether it was answered and has sent nothing since."""
         self._refusal: Refusal | None = None
         self._fault = Refusal.UNREADABLE
         """What it is that the parser is made to stop for."""
@@ -108,9 +112,13 @@ class BoundedHttp(HttpToolsProtocol):
     def _wait_for_head(self) -> None:
         self._door.waits(self)
         self._unsent_bytes = self.transport.get_write_buffer_size()
-        self._deadline = self.loop.call_later(self._door.limits.head_seconds, self._time_is_up)
+        limits = self._door.limits
+        # uvicorn closes a kept connection in time; this deadline stands behind it.
+        seconds = limits.head_seconds + (limits.kept_seconds if self._is_kept else 0)
+        self._deadline = self.loop.call_later(seconds, self._time_is_up)
 
     def _stop_waiting(self) -> None:
+        self._is_kept = False
         self._door.waits_no_more(self)
         if self._deadline is not None:
             self._deadline.cancel()
@@ -161,6 +169,9 @@ class BoundedHttp(HttpToolsProtocol):
             self._drop_bytes(len(data))
         if self._refusal is not None or self.transport.is_closing():
             return
+        if self._is_kept:
+            self._stop_waiting()
+            self._wait_for_head()
         steps, self._has_sent = self._steps, True
         try:
             self.parser.feed_data(data)
@@ -269,6 +280,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._rest_bytes = 0
             self._has_sent = not self._is_reading_head
             self._stop_waiting()
+            self._is_kept = self._is_reading_head and not self.transport.get_write_buffer_size()
             self._wait_for_head()
 
 
@@ -350,6 +362,7 @@ class DoorConfig(uvicorn.Config):
             access_log=False,
             log_config=None,
             server_header=False,
+            timeout_keep_alive=math.ceil(door.limits.kept_seconds),
             **more,
         )
         self.door = door

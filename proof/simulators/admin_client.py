@@ -49,9 +49,6 @@ class ServiceAdmin:
             base_url=f"{url}/admin",
             headers={"Authorization": f"Bearer {token}"},
             timeout=_LIMIT_SECONDS,
-            # Well under the five seconds after which the server closes an idle connection: a request that is sent while
-            # it closes is lost.
-            limits=httpx.Limits(keepalive_expiry=1),
         )
 
     async def close(self) -> None:

@@ -30,6 +30,8 @@ DEFAULT_ISSUER: Final = "comfyui-temporal"
 DEFAULT_AUDIENCE: Final = "comfyui-services"
 _START_LIMIT_SECONDS = 10.0
 _DRAIN_SECONDS = 2
+KEPT_SECONDS: Final = 75
+"""uvicorn's five seconds are those after which HTTP clients close theirs: a request that is sent just then is lost."""
 
 
 class _QuietServer(uvicorn.Server):
@@ -52,6 +54,7 @@ def server_config(app: FastAPI, *, host: str = LOOPBACK, port: int = 0) -> uvico
         log_config=None,
         access_log=False,
         proxy_headers=False,
+        timeout_keep_alive=KEPT_SECONDS,
         timeout_graceful_shutdown=_DRAIN_SECONDS,
     )
 

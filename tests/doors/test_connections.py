@@ -37,7 +37,7 @@ from tests.waiting import comes_true, until
 PROJECT = Path(__file__).parents[2]
 GET = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n"
 HEAD_SECONDS = 0.5
-QUICK = DoorLimits(head_seconds=HEAD_SECONDS, stall_seconds=HEAD_SECONDS)
+QUICK = DoorLimits(head_seconds=HEAD_SECONDS, kept_seconds=60, stall_seconds=HEAD_SECONDS)
 ELSEWHERE = "192.0.2.0/24"
 """Trusted instead of 127.0.0.1, so that these tests are strangers."""
 MEBIBYTE = 1024 * 1024
@@ -234,6 +234,38 @@ async def test_a_patient_caller_that_asks_now_and_then_is_served() -> None:
             await asyncio.sleep(HEAD_SECONDS * 2)
             await (await socket.ping())
         assert not door.refused
+
+
+async def test_a_connection_is_kept_for_its_next_request_longer_than_a_load_balancer_keeps_it() -> None:
+    """Seen: it was closed after 5 s, as HTTP clients close theirs, and a request that came then was lost."""
+    assert DoorLimits().kept_seconds > 60
+    async with served() as door:
+        caller = await door.connection()
+        for _ in range(2):
+            await caller.send(GET)
+            assert await caller.status() == 200
+            await asyncio.sleep(HEAD_SECONDS * 2)
+        await caller.send(b"GET / HTTP/1.1\r\nHost: he")
+        assert HEAD_SECONDS * 0.5 < await caller.ended() < HEAD_SECONDS * 4
+        assert door.refused == {Refusal.HEAD_TOO_SLOW: 1}
+
+
+async def test_a_kept_connection_that_sends_nothing_more_is_closed_in_the_end() -> None:
+    async with served(DoorLimits(head_seconds=HEAD_SECONDS, kept_seconds=1)) as door:
+        caller = await door.connection()
+        await caller.send(GET)
+        assert await caller.status() == 200
+        assert 0.8 < await caller.ended() < 5
+        assert not door.refused
+
+
+async def test_kept_connections_leave_room_for_whoever_asks() -> None:
+    async with served(DoorLimits(connections=5)) as door:
+        for _ in range(20):
+            caller = await door.connection()
+            await caller.send(GET)
+            assert await caller.status() == 200
+        assert door.door.open <= 6
 
 
 LARGE = b"x" * (doors.HEAD_BYTES + 1)
