@@ -1,8 +1,8 @@
 """Measure everything on this machine: a table with ratios, and the same as JSON.
 
-python -m proof.benchmarks                     about half an hour on two quiet processors
+python -m proof.benchmarks                     about three quarters of an hour on two quiet processors
 python -m proof.benchmarks --quick             about 10 minutes: smaller numbers, same measurements
-python -m proof.benchmarks --only waits        one of: compare, open, workers, callbacks, history, waits, starts, memory
+python -m proof.benchmarks --only waits        compare, load, open, workers, callbacks, history, waits, starts, memory
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Size:
 
     tasks: int
     rounds: int
+    loads: tuple[int, ...]
     opened: tuple[int, ...]
     workers: tuple[int, ...]
     callbacks: tuple[int, ...]
@@ -37,11 +38,12 @@ class Size:
     streams: int
 
 
-FULL: Final = Size(480, 3, (0, 1_000, 10_000), (1, 2, 4), (5, 20, 50), 40, 5, 1_000, 10_000)
-QUICK: Final = Size(240, 1, (0, 200), (1, 2), (5, 50), 10, 2, 200, 500)
+FULL: Final = Size(480, 3, (20, 60, 120, 200), (0, 1_000, 10_000), (1, 2, 4), (5, 20, 50), 40, 5, 1_000, 10_000)
+QUICK: Final = Size(240, 1, (20, 120), (0, 200), (1, 2), (5, 50), 10, 2, 200, 500)
 
 MEASUREMENTS: Final[dict[str, tuple[str, Callable[[Size], Coroutine[Any, Any, Any]]]]] = {
     "compare": ("comparison", lambda size: throughput.compare(size.tasks, size.rounds)),
+    "load": ("by_load", lambda size: throughput.by_load(size.loads)),
     "open": ("by_open_tasks", lambda size: throughput.by_open_tasks(size.tasks, size.opened)),
     "workers": ("by_workers", lambda size: throughput.by_workers(size.tasks, size.workers)),
     "callbacks": ("by_callbacks", lambda size: throughput.by_callbacks(size.tasks // 2, size.callbacks)),

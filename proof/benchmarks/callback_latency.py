@@ -5,7 +5,8 @@
 Each callback is a tick: the gateway stores it without the workflow (decision 4).
 On a whole stack, each part a process of its own. Each task publishes progress at most once a second (contract §6), so
 as many tasks are open as callbacks are sent in 1.2 s. The bare signal, in the same run and at the same rate: a signal
-from the client to a workflow that does nothing else, until its worker has it. Aims: p50 ≤ 10 ms, p99 ≤ 60 ms.
+from the client to a workflow that does nothing else, until its worker has it. The bare insert: one statement that
+stores an event and notifies, until a client that listens has it. Aims: p50 ≤ 10 ms, p99 ≤ 60 ms.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -25,9 +26,12 @@ from temporalio import activity, workflow
 from temporalio.client import Client
 from temporalio.service import RPCError
 
+from proof.benchmarks.bare_notifications import bare_notifications
 from proof.benchmarks.burst import opened_stack, start_image, until_held
+from proof.benchmarks.rate import at_a_rate, settled
 from proof.benchmarks.whole_stack import Events, received_events
 from proof.site.callbacks import Wire, signed_request
+from proof.site.parts import OwnStack
 from proof.site.site import Site
 from runtime.logs import configure_logs
 from runtime.settings import Settings
@@ -37,10 +41,6 @@ SECONDS_BETWEEN = 1.2
 WIRES = 16
 STARTING_SECONDS = 600.0
 """Longest wait for the tasks, which all start at once."""
-SETTLING_SECONDS = 15.0
-"""Longest wait for the last ones."""
-Sent = Callable[[int, int], Coroutine[Any, Any, None]]
-"""Sends message number n to target number m."""
 
 
 @workflow.defn(name="BareSignals")
@@ -61,25 +61,6 @@ class BareSignals:
     @workflow.signal
     def add(self, number: int) -> None:
         self.waiting.append(number)
-
-
-async def at_a_rate(send: Sent, *, targets: int, per_second: float, seconds: float) -> None:
-    """Sends evenly, to one target after the other, without waiting for the one before."""
-    sending = []
-    began = time.monotonic()
-    for number in range(int(seconds * per_second)):
-        if (ahead := number / per_second - (time.monotonic() - began)) > 0:
-            await asyncio.sleep(ahead)
-        sending.append(asyncio.create_task(send(number, number % targets)))
-    await asyncio.gather(*sending)
-
-
-async def settled(is_over: Callable[[], bool]) -> None:
-    """Returns when it is over, or after 15 s at the latest."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(SETTLING_SECONDS):
-            while not is_over():  # noqa: ASYNC110 - no event reports it
-                await asyncio.sleep(0.05)
 
 
 async def bare_signals(client: Client, *, targets: int, per_second: float, seconds: float) -> list[float]:
@@ -187,6 +168,13 @@ def shown(name: str, spans: Sequence[float]) -> tuple[float, float]:
     return p50, p99
 
 
+def processor_ms(stack: OwnStack, before: Mapping[str, float], count: int) -> str:
+    """What each part has taken since `before`, for each of `count`."""
+    spent = stack.processor_seconds()
+    each = {part: 1000 * (spent[part] - before.get(part, 0.0)) / count for part in spent}
+    return "processor ms each: " + ", ".join(f"{part} {ms:.1f}" for part, ms in each.items())
+
+
 async def main(per_second: float, seconds: float, *, alone: bool) -> None:
     configure_logs(level="ERROR")
     targets = math.ceil(per_second * SECONDS_BETWEEN)
@@ -195,16 +183,20 @@ async def main(per_second: float, seconds: float, *, alone: bool) -> None:
         if not alone:
             signals = await bare_signals(site.client, targets=targets, per_second=per_second, seconds=seconds)
             bare = shown("bare signal to worker", signals)
+        before = stack.processor_seconds()
+        rows, unseen = await bare_notifications(
+            stack.owner_dsn, targets=targets, per_second=per_second, seconds=seconds
+        )
+        shown("bare insert and notify", rows)
+        print(f"bare inserts without a notification {unseen}, {processor_ms(stack, before, len(rows) + unseen)}")
         tasks = await waiting_tasks(site, targets)
         before = stack.processor_seconds()
         spans, missing = await callbacks(site, tasks, per_second=per_second, seconds=seconds)
-        spent = stack.processor_seconds()
+        spent = processor_ms(stack, before, len(spans) + missing)
         whole = shown("callback to event at SSE client", spans)
-    each = {part: 1000 * (spent[part] - before.get(part, 0.0)) / (len(spans) + missing) for part in spent}
-    print("processor ms a callback: " + ", ".join(f"{part} {ms:.1f}" for part, ms in each.items()))
+    print(f"callbacks without an event {missing}, {spent}")
     if bare is not None:
         print(f"ratio of p50 {whole[0] / bare[0]:.1f}, of p99 {whole[1] / bare[1]:.1f}")
-    print(f"callbacks without an event {missing}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ APPLICATION: Final = "benchmark"
 QUEUE: Final = "jobs"
 WORKFLOW: Final = "image_job"
 TOPIC: Final = "comfyui_callback"
-CALLBACKS: Final = 5
 WAIT_SECONDS: Final = 3_600.0
 LOOK_SECONDS: Final = 0.1
 """Polling of the queue; DBOS's default of 1 s only delays starts."""
@@ -97,7 +96,7 @@ def _step(name: str) -> StepOptions:
 
 @DBOS.workflow(name=WORKFLOW)  # type: ignore[untyped-decorator]  # DBOS is in the benchmarks' venv alone
 async def image_job(task: dict[str, Any], at: str) -> str:
-    """Claim, submit, agree, hold, five callbacks, commit; every event is written when it happens."""
+    """Claim, submit, agree, hold, callbacks up to the delivery, commit; every event is written when it happens."""
     now, given = datetime.fromisoformat(at), ImageTask(**task)
     await DBOS.run_step_async(_step("claim"), claim, task, now)
     accepted = JobAccepted(**await DBOS.run_step_async(_step("submit"), submit, task))
@@ -106,9 +105,11 @@ async def image_job(task: dict[str, Any], at: str) -> str:
     held = await DBOS.run_step_async(_step("pre_deduct"), pre_deduct, task, cost)
     hold, story = HoldReply(**held), job.Story(given, accepted)
     await DBOS.run_step_async(_step("held"), write, story.held(hold, now))
-    for _ in range(CALLBACKS):
+    is_delivered = False
+    while not is_delivered:
         callback = JobCallback(**await DBOS.recv_async(TOPIC, WAIT_SECONDS))
         await DBOS.run_step_async(_step("reported"), write, story.reported(callback, now))
+        is_delivered = bool(callback.result_urls)
     await DBOS.run_step_async(_step("commit"), commit, task, held)
     await DBOS.run_step_async(_step("ended"), write, story.ended(callback, now))
     return accepted.job_id

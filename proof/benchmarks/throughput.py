@@ -1,4 +1,4 @@
-"""Tasks a second: the same job three ways side by side, and ours by open tasks and by workers.
+"""Tasks a second: the same job three ways, by tasks under way and by callbacks; ours by open tasks and by workers.
 
 The rate is that of commits between the 30th and the 80th percent of the tasks, while a fixed number is under way:
 neither the start nor the end of a measurement counts.
@@ -20,12 +20,15 @@ from pydantic import BaseModel
 
 from comfyui_temporal.contracts.tasks import workflow_id_of
 from proof.benchmarks.contestants import Bare, Contestant, OnDbos, Ours
-from proof.benchmarks.party import CALLBACKS, WAITING, Party
+from proof.benchmarks.party import CALLBACK_PAUSE_SECONDS, CALLBACKS, WAITING, Party
 from proof.benchmarks.servers import Servers, file_backed_servers
+from proof.benchmarks.spread import Spread
 
 UNDER_WAY: Final = 120
 """Enough for both processors to be busy: a task alone takes six seconds, so that 60 gave ten a second at the most."""
 FROM, TO = 0.3, 0.8
+FILLINGS: Final = 4
+"""Tasks of a measurement by load, in multiples of those under way."""
 STARTING_AT_ONCE: Final = 16
 STALLED_SECONDS: Final = 300.0
 SAMPLED: Final = 20
@@ -40,6 +43,8 @@ class Rate(BaseModel):
     """Tasks that wait while the measured ones run."""
     callbacks: int = len(CALLBACKS)
     """Of each job."""
+    under_way: int = UNDER_WAY
+    """Tasks at a time."""
     tasks: int
     tasks_per_second: float
     stored_events: float | None = None
@@ -47,6 +52,8 @@ class Rate(BaseModel):
     history_events: float | None = None
     """Per task, in Temporal; median of a sample."""
     processor_seconds: dict[str, float] = {}
+    beyond_job: Spread | None = None
+    """Seconds from a task's start to its commit, without those in which its job only waits."""
 
 
 class Comparison(BaseModel):
@@ -76,15 +83,26 @@ async def compare(tasks: int, rounds: int) -> Comparison:
     return Comparison(rounds=measured, to_bare=ours / medians[Bare.name], to_dbos=ours / medians[OnDbos.name])
 
 
+async def by_load(loads: Sequence[int]) -> list[Rate]:
+    """All three by how many tasks are under way."""
+    measured = []
+    for load in loads:
+        for kind in (Ours, Bare, OnDbos):
+            async with contest() as (servers, party), aclosing(_contestant(kind, servers)) as contestant:
+                await contestant.run_workers(1, towards(party))
+                measured.append(await measure(contestant, servers, party, FILLINGS * load, under_way=load))
+                print(f"{load} under way: {_line(measured[-1])}", flush=True)
+    return measured
+
+
 async def by_callbacks(tasks: int, counts: Sequence[int]) -> list[Rate]:
-    """Ours and bare Temporal by how often a job calls back."""
+    """All three by how often a job calls back."""
     measured = []
     for count in counts:
-        for kind in (Ours, Bare):
+        for kind in (Ours, Bare, OnDbos):
             async with contest(count) as (servers, party), aclosing(_contestant(kind, servers)) as contestant:
                 await contestant.run_workers(1, towards(party))
-                rate = await measure(contestant, servers, party, tasks)
-                measured.append(rate.model_copy(update={"callbacks": count}))
+                measured.append(await measure(contestant, servers, party, tasks))
                 print(f"{count} callbacks: {_line(measured[-1])}", flush=True)
     return measured
 
@@ -130,11 +148,13 @@ async def contest(callbacks: int = len(CALLBACKS)) -> AsyncIterator[tuple[Server
             yield servers, party
 
 
-async def measure(contestant: Contestant, servers: Servers, party: Party, tasks: int) -> Rate:
-    """Run this many tasks to their end, `UNDER_WAY` at a time."""
+async def measure(
+    contestant: Contestant, servers: Servers, party: Party, tasks: int, *, under_way: int = UNDER_WAY
+) -> Rate:
+    """Run this many tasks to their end, `under_way` at a time."""
     party.forget()
     party.call_back = contestant.call_back
-    room = asyncio.Semaphore(UNDER_WAY)
+    room = asyncio.Semaphore(under_way)
     moved = asyncio.Event()
 
     def committed(_task_id: str) -> None:
@@ -144,19 +164,27 @@ async def measure(contestant: Contestant, servers: Servers, party: Party, tasks:
     party.on_commit = committed
     before = servers.processor_seconds()
     stem = f"rate-{time.monotonic_ns()}"
+    started: dict[str, float] = {}
     for n in range(tasks):
         await room.acquire()
+        started[f"{stem}-{n}"] = time.monotonic()
         await contestant.start(f"{stem}-{n}")
     while len(party.committed) < tasks:
         moved.clear()
         async with asyncio.timeout(STALLED_SECONDS):
             await moved.wait()
     after = servers.processor_seconds()
-    at = sorted(party.committed.values())
+    in_order = sorted(party.committed, key=party.committed.__getitem__)
+    at = [party.committed[task_id] for task_id in in_order]
     low, high = int(FROM * tasks), int(TO * tasks) - 1
+    steady = in_order[low : high + 1]
+    job_seconds = CALLBACK_PAUSE_SECONDS * len(party.callbacks)
     return Rate(
         name=contestant.name,
+        callbacks=len(party.callbacks),
+        under_way=under_way,
         tasks=tasks,
+        beyond_job=Spread.of([party.committed[name] - started[name] - job_seconds for name in steady]),
         tasks_per_second=(high - low) / (at[high] - at[low]),
         stored_events=await _stored_events(servers, stem),
         history_events=await _history_events(servers, stem, tasks) if isinstance(contestant, Ours) else None,

@@ -17,7 +17,8 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from proof.benchmarks.burst import opened_stack
-from proof.benchmarks.whole_stack import TENANT, Spread
+from proof.benchmarks.spread import Spread
+from proof.benchmarks.whole_stack import TENANT
 from proof.site.parts import OwnStack
 from proof.site.site import Site
 from runtime.logs import configure_logs

@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import BaseModel
 from local_stack.background import start_stack
 from local_stack.folder import RunFolder, StackFailure
 from local_stack.parts import SETTINGS_PREFIX
+from proof.benchmarks.spread import Spread
 from proof.site.callbacks import signed_headers
 from proof.site.parts import SupervisedParts
 from proof.site.recorder import frames
@@ -33,22 +33,6 @@ SPREAD_SECONDS: Final = 1.1
 """Progress is published at most once a second (contract §6): the next probe comes after that."""
 LIMIT_SECONDS: Final = 60.0
 OPEN_AT_A_KILL: Final = 50
-
-
-class Spread(BaseModel):
-    """Seconds."""
-
-    samples: int
-    p50: float
-    p95: float
-    slowest: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
-        p95 = statistics.quantiles(seconds, n=20)[-1] if len(seconds) > 1 else seconds[0]
-        return cls(
-            samples=len(seconds), p50=statistics.median(seconds), p95=min(p95, max(seconds)), slowest=max(seconds)
-        )
 
 
 class Waits(BaseModel):
