@@ -209,12 +209,14 @@ class ComfyUIService:
 
     def _demand_models(self, order: JobRequest) -> None:
         """Raises Refused for a model that no training of the tenant has made, and for a host that is not allowed."""
+        if not order.loras:
+            return  # all runs are read below, which takes half a second once there are ten thousand
         of_tenant = {
             (run.output or {}).get("model_path")
             for run in self.queue.all_runs()
             if isinstance(run, TrainingRun) and run.tenant_id == order.tenant_id
         }
-        for number, lora in enumerate(order.loras or []):
+        for number, lora in enumerate(order.loras):
             field = f"loras.{number}.model_path"
             if lora.model_path.startswith("https://"):
                 if not lora.model_path.startswith(f"https://{MODEL_HOST}/") or lora.sha256 is None:

@@ -14,6 +14,7 @@ import sys
 import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 import httpx
@@ -22,7 +23,7 @@ from standardwebhooks import Webhook
 
 from comfyui_temporal.contracts.tasks import workflow_id_of
 from proof.simulators.admin_client import AdminRefused, ServiceAdmin
-from proof.simulators.admin_wire import Fault, FaultKind, RunSeen
+from proof.simulators.admin_wire import FaultKind, RunSeen
 from proof.site.parts import PARTS
 from proof.site.waiting import OUTSIDE_ERRORS, insist
 from proof.soak.plan import TENANTS
@@ -177,16 +178,23 @@ async def run_terminated(site: SoakSite, dice: random.Random) -> str:
 
 async def gpus_fail(site: SoakSite, dice: random.Random) -> str:
     """Jobs are preempted, fail with or without a retry, are forgotten, or stall for a while."""
-    done = []
+    done, stalled = [], []
     for run in await _runs_of_some(site, dice, dice.randint(1, 4)):
         action, given = dice.choice(GPU_FAULTS)
-        if await _acted(site, run, action, **given):
-            done.append((run, action))
-    await asyncio.sleep(dice.uniform(1, 4))
-    for run, action in done:
         if action == "stall":
-            await _acted(site, run, "resume")
-    return ", ".join(action for _, action in done) or "no job"
+            stalled.append(run)  # also where its answer is lost: nothing else lets it go on
+        if await _acted(site, run, action, **given):
+            done.append(action)
+    await asyncio.sleep(dice.uniform(1, 4))
+    for run in stalled:
+        await insist(partial(go_on, site, run), "a stalled job")
+    return ", ".join(done) or "no job"
+
+
+async def go_on(site: SoakSite, run: RunSeen) -> None:
+    """Let a stalled job go on; one that is over, or was never stalled, stays as it is."""
+    with contextlib.suppress(AdminRefused):
+        await site.admin.comfyui.act(run.run_id, "resume")
 
 
 async def balance_empty(site: SoakSite, dice: random.Random) -> str:
@@ -239,15 +247,18 @@ async def _scheduled(
     seconds: float,
     route: str | None = None,
 ) -> str:
-    faults = await insist(lambda: service.schedule(dice.getrandbits(32), rate, kinds, route), "fault switchboard")
+    seed = dice.getrandbits(32)
+    await insist(lambda: service.schedule(seed, rate, kinds, route), "fault switchboard")
     await asyncio.sleep(seconds)
-    for fault in faults:
-        await insist(lambda fault=fault: _removed(service, fault), "fault switchboard")  # type: ignore[misc]
+    await insist(lambda: _removed(service, seed), "fault switchboard")
     return f"{', '.join(kinds)} at {rate:.0%} for {seconds:.1f} s"
 
 
-async def _removed(service: ServiceAdmin, fault: Fault) -> None:
-    await service.remove_fault(fault)
+async def _removed(service: ServiceAdmin, seed: int) -> None:
+    """Remove the faults of a schedule, those of an order whose answer was lost too: by their ids these would stay."""
+    for fault in await service.faults():
+        if fault.match.seed == seed:
+            await service.remove_fault(fault)
 
 
 def _some_open(site: SoakSite, dice: random.Random, count: int) -> list[str]:

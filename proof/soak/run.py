@@ -14,7 +14,7 @@ from proof.site.parts import PARTS
 from proof.site.recorder import Received, Recorder
 from proof.site.waiting import insist
 from proof.soak.fault_schedule import FaultSchedule, RecoveryClock
-from proof.soak.faults import RICH
+from proof.soak.faults import RICH, go_on
 from proof.soak.journal import Journal
 from proof.soak.plan import TENANTS, Plan
 from proof.soak.site import SoakSite
@@ -89,12 +89,19 @@ async def _acting_and_failing(site: SoakSite, seed: int) -> Fault:
     )
 
 
+async def _none_stalled(site: SoakSite) -> None:
+    for run in await site.admin.comfyui.jobs():
+        if not run.is_over:
+            await go_on(site, run)
+
+
 async def _repaired(site: SoakSite) -> None:
-    """No fault is set, nothing is withheld, every account is full, every part is ready."""
+    """No fault is set, nothing is withheld, no job is stalled, every account is full, every part is ready."""
     for part in PARTS:
         await site.parts.until_ready(part)
     await insist(site.admin.remove_faults, "fault switchboard")
     await insist(site.admin.comfyui.release_callbacks, "release of callbacks")
+    await insist(lambda: _none_stalled(site), "stalled jobs")
     for tenant_id in TENANTS:
         await site.set_balances(RICH, tenant_id)
 
