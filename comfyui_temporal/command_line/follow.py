@@ -53,7 +53,9 @@ async def follow(opened: Connection, task_id: str, watcher: Watcher) -> TaskOutc
             if stream is not None and stream.is_over:
                 break
             if not end.done():
-                reporter.report(await opened.tasks.read_update(handle, reporter.newest))
+                update = await opened.tasks.read_update(handle, reporter.newest)
+                if stream is None or not reporter.is_older(update):
+                    reporter.report(update)
             await asyncio.wait({end}, timeout=POLL_SECONDS)
         return await end
     finally:
@@ -68,6 +70,14 @@ class _Reporter:
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
         self.newest: TaskUpdate | None = None
+
+    def is_older(self, update: TaskUpdate | None) -> bool:
+        """Whether these figures of the workflow are older than those of the stream: it hears of ticks later."""
+        newest = self.newest
+        if update is None or newest is None or update.standstill is not None:
+            return False
+        is_same_stage = (update.attempts, update.stage) == (newest.attempts, newest.stage)
+        return is_same_stage and update.progress < newest.progress
 
     def report(self, update: TaskUpdate | None) -> None:
         if update is None:

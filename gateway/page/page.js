@@ -27,8 +27,8 @@ let form;
 let large;
 let links = {};
 let tenant = null;
-let isTyped = false; // the token: then the task in the address is of whoever was here before
-let views = 0; // how often the list was loaded anew; pages of an earlier list are dropped
+let isTyped = false; // the token: then the address names a task of whoever was here before
+let views = 0; // how often the list was loaded; pages of an earlier one are dropped
 let tenantTimer = null;
 let cursor = null;
 let detailed = null;

@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 from temporalio.testing import WorkflowEnvironment
 
+from comfyui_temporal.client.models import TaskUpdate
 from comfyui_temporal.client.submission import start_task
 from comfyui_temporal.command_line.connection import Connection, GatewayAccess
 from comfyui_temporal.command_line.follow import follow
@@ -94,7 +95,17 @@ async def test_a_task_is_followed_by_its_stream_to_its_end(whole: Platform, open
     assert seen.progress[-1].estimated_time is not None, "no event has the estimated time, so it is read"
 
 
-async def test_a_stream_that_is_cut_goes_on_where_it_was(whole: Platform, opened: Connection) -> None:
+@pytest.mark.parametrize("query", ["as fresh", "older"])
+async def test_a_stream_that_is_cut_goes_on_where_it_was(
+    whole: Platform, opened: Connection, monkeypatch: pytest.MonkeyPatch, query: str
+) -> None:
+    """Seen: the bar went back where the workflow's own figures were older than those of ticks."""
+
+    async def without_ticks(_: object, __: object, newest: TaskUpdate | None) -> TaskUpdate | None:
+        return newest and newest.model_copy(update={"progress": newest.progress - 10, "job_id": "job"})
+
+    if query == "older":
+        monkeypatch.setattr("comfyui_temporal.client.temporal_tasks.TemporalTasks.read_update", without_ticks)
     address = urlsplit(whole.gateway_url)
     async with Cable(lambda: asyncio.open_connection(address.hostname, address.port)).laid() as cable:
         assert opened.gateway is not None
@@ -102,7 +113,7 @@ async def test_a_stream_that_is_cut_goes_on_where_it_was(whole: Platform, opened
         handle = await begun(whole)
         seen = Seen()
         following = asyncio.create_task(follow(by_cable, task_id_of(handle), seen))
-        await whole.until(lambda: _any(seen))
+        await whole.until(lambda: _has_moved(seen))
         cable.pull()
         cable.plug_in()
         outcome = await following
@@ -110,8 +121,8 @@ async def test_a_stream_that_is_cut_goes_on_where_it_was(whole: Platform, opened
     check_order(seen)
 
 
-async def _any(seen: Seen) -> bool:
-    return bool(seen.progress)
+async def _has_moved(seen: Seen) -> bool:
+    return any(one.progress > 0 for one in seen.progress)
 
 
 async def test_with_another_tenants_token_the_gateway_is_asked_once(whole: Platform, opened: Connection) -> None:
