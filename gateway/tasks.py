@@ -165,7 +165,11 @@ class Tasks:
         if is_answered(earlier) and earlier.confirmation is None:
             return self._answered(earlier, None, is_new=False, headers=headers)
         answer = await self._waits.again(earlier, until)
-        return self._answered(await self._waits.seen(task, answer), answer, is_new=False, headers=headers)
+        try:
+            view = await self._waits.seen(task, answer)
+        except TaskExists:
+            raise _exists(task.task_id) from None
+        return self._answered(view, answer, is_new=False, headers=headers)
 
     def _answered(
         self, view: TaskView, answer: StartAnswer | None, *, is_new: bool, headers: Mapping[str, str]

@@ -49,10 +49,7 @@ async def described(client: Client, workflow_id: str) -> RunSeen | None:
 
 
 async def updated(handle: WorkflowHandle[Any, Any], name: str, argument: object, result_type: type[T]) -> T:
-    """The run's answer to an update. Raises RunMissing if it is over, and Problem.
-
-    The update's id is its name: while the first is in flight, a repeat waits for the same answer.
-    """
+    """The run's answer to a new update. Raises RunMissing if it is over, and Problem."""
     try:
         with temporal_problems():
             answer: T = await _of_worker(handle.execute_update(name, argument, result_type=result_type))
