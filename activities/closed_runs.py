@@ -20,12 +20,13 @@ from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from activities import metrics
-from activities.earlier_runs import unanswered_jobs
+from activities.earlier_runs import EarlierRuns
 from activities.orphans import HistoryReader, NotReadHere, add_from_row, orphans_by_row
 from activities.running_call import uninterrupted
 from comfyui_temporal.contracts.errors import FailureCode, sentences_of
-from comfyui_temporal.contracts.give_back import GiveBackOrder, Orphans
+from comfyui_temporal.contracts.give_back import EarlierJobs, GiveBackOrder, Orphans
 from comfyui_temporal.contracts.reconcile import ClosedRun, OpenTasksLook, OpenTasksSeen
+from comfyui_temporal.contracts.requests import not_known
 from comfyui_temporal.contracts.task_store import TaskRow
 from comfyui_temporal.encryption_keys import EncryptionError
 from comfyui_temporal.runs import RunSeen, RunStatus, describe_run, is_namespace_missing
@@ -81,7 +82,8 @@ class ClosedRunActivities:
         `input_invalid`, not retried: the task does not exist. `task_conflict`, not retried: its run is open.
         `internal`, retried: row, run or history cannot be read now, or not by this worker; `doctor` shows the task.
         """
-        return await uninterrupted(self._orphans_or_recorded(order))
+        earlier = EarlierRuns(self._client)
+        return await uninterrupted(self._orphans_or_recorded(order, earlier), earlier.progress)
 
     @activity.defn
     async def closed_among_open(self, look: OpenTasksLook) -> OpenTasksSeen:
@@ -93,10 +95,10 @@ class ClosedRunActivities:
         """Those whose row is still open and whose run has still ended. Raises as `closed_among_open`."""
         return await uninterrupted(self._still_closed(found))
 
-    async def _orphans_or_recorded(self, order: GiveBackOrder) -> Orphans:
+    async def _orphans_or_recorded(self, order: GiveBackOrder, earlier: EarlierRuns) -> Orphans:
         looks = Looks()
         try:
-            orphans = await self._orphans(order)
+            orphans = await self._orphans(order, earlier)
         except ApplicationError:
             raise
         except Exception as error:
@@ -109,7 +111,7 @@ class ClosedRunActivities:
         await self._record(looks)
         return orphans
 
-    async def _orphans(self, order: GiveBackOrder) -> Orphans:
+    async def _orphans(self, order: GiveBackOrder, earlier: EarlierRuns) -> Orphans:
         row = await self._row(order.task_id)
         if row is None:
             raise ApplicationError(
@@ -127,7 +129,7 @@ class ClosedRunActivities:
                 non_retryable=True,
             )
         await self._claim(row)
-        return await self._by_history(row, run.status.value, self._handle(row, run.run_id))
+        return await self._by_history(row, run.status.value, self._handle(row, run.run_id), earlier)
 
     async def _claim(self, row: TaskRow) -> None:
         """Claim the row: from now on no run of the task starts anything. Raises ApplicationError if a run was reset."""
@@ -242,7 +244,9 @@ class ClosedRunActivities:
         newest = await self._described(row, None)
         if newest is None or newest.first_run_id == row.first_execution_run_id:
             return newest
-        run = await self._described(row, row.first_execution_run_id)
+        # Of a run that was reset only the row knows the successor.
+        run = await self._described(row, row.run_id) if row.run_id is not None else None
+        run = run or await self._described(row, row.first_execution_run_id)
         while run is not None and run.status is RunStatus.CONTINUED_AS_NEW:
             run = await self._described(row, await self._continued_as(row, run.run_id))
         return run
@@ -264,25 +268,29 @@ class ClosedRunActivities:
     def _handle(self, row: TaskRow, run_id: str | None) -> WorkflowHandle[Any, Any]:
         return self._client.get_workflow_handle(row.workflow_id, run_id=run_id)
 
-    async def _by_history(self, row: TaskRow, how: str, last_run: WorkflowHandle[Any, Any]) -> Orphans:
+    async def _by_history(
+        self, row: TaskRow, how: str, last_run: WorkflowHandle[Any, Any], earlier: EarlierRuns
+    ) -> Orphans:
         replaced = await self._store.earlier_runs(row.task_id) if row.lives else []
         if row.run_id not in (None, last_run.run_id):  # the last run did nothing before it ended
-            replaced.append(row.run_id)
+            replaced.insert(0, row.run_id)
         orphans = Orphans(row=row, how=how)
         has_earlier_runs = bool(row.lives or replaced)
         reader = HistoryReader(orphans, self._client.data_converter, has_earlier_runs=has_earlier_runs)
         async for event in last_run.fetch_history_events():
             await reader.take(event)
         orphans = reader.orphans
-        add_from_row(orphans)
         if replaced:
-            await self._add_earlier(orphans, replaced)
+            self._add_earlier(orphans, await earlier.unanswered_jobs(row, replaced))
+        add_from_row(orphans)  # last: the keys that it gives to the row's jobs are not those of their requests
         return orphans
 
-    async def _add_earlier(self, orphans: Orphans, run_ids: Sequence[str]) -> None:
-        """Add jobs of earlier lives whose answers were lost: no row names them."""
-        earlier = await unanswered_jobs(self._client, orphans.row, run_ids)
+    @staticmethod
+    def _add_earlier(orphans: Orphans, earlier: EarlierJobs) -> None:
+        """Add what no row names: jobs of earlier lives whose answers were lost, their charges, and their price."""
         for reason in earlier.unread:
             log.warning("earlier_run_not_read", task_id=orphans.row.task_id, reason=reason)
-        known = {job.key for job in orphans.jobs if not job.is_key_taken}
-        orphans.jobs += [job for job in earlier.jobs if job.key not in known]
+        orphans.jobs += not_known(earlier.jobs, orphans.jobs)
+        # Where the run charged as well, its own charges are looked for, whose numbers go on from the earlier ones.
+        orphans.charges_before = 0 if orphans.charges else earlier.charges
+        orphans.price_before = earlier.price if orphans.cost is None and not orphans.charges else None

@@ -20,6 +20,7 @@ from activities.outside_http import current_time_limit_seconds, time_limit
 from comfyui_temporal.contracts.calls import CallFor, JobCall, Post
 from comfyui_temporal.contracts.credits import HoldReply
 from comfyui_temporal.contracts.errors import Answer, FailureCode, Refusal
+from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW
 from comfyui_temporal.contracts.lives import READ_THE_LEDGER, STORE_UNAVAILABLE, TASK_ENDED, EarlierLife, TaskRun
 from comfyui_temporal.contracts.scenes import SCENE_OF_WORKFLOW, SCENES
 from store import StoreFailure, StoreUnavailable, TaskStore
@@ -82,7 +83,12 @@ class Lives:
         return await self._through(request, call)
 
     async def charge(self, request: Request, call: Callable[[Request], Awaitable[Answer[Reply]]]) -> Answer[Reply]:
-        """As `begin`; refuses with `read_the_ledger` if an earlier life may have charged and the ledger is unread."""
+        """As `begin`; refuses with `read_the_ledger` if an earlier life may have charged and the ledger is unread.
+
+        A give-back gets `task_ended` where another one has claimed the row: it was reset, or its call is late.
+        """
+        if activity.info().workflow_type == GIVE_BACK_WORKFLOW:
+            return await self._of_give_back(request, call)
         return await self._through(request, call, is_settling=True)
 
     async def settle(self, request: Request, call: Callable[[Request], Awaitable[Answer[Reply]]]) -> Answer[Reply]:
@@ -110,6 +116,19 @@ class Lives:
         with time_limit(current_time_limit_seconds() - (time.monotonic() - began)):
             answer = await call(request)
         return answer if is_settling else await self._recorded(request.call_for, answer, life)
+
+    async def _of_give_back(
+        self, request: Request, call: Callable[[Request], Awaitable[Answer[Reply]]]
+    ) -> Answer[Reply]:
+        began, by = time.monotonic(), activity.info().workflow_run_id or ""
+        try:
+            life = await self._store.life_of_give_back(request.call_for.task_id, by=by, within_seconds=LOOK_SECONDS)
+        except StoreUnavailable as failure:
+            raise ApplicationError(str(failure), type=STORE_UNAVAILABLE) from None
+        if life.must_stop:
+            return Answer(refusal=_refusal(TASK_ENDED, _reason(life)), earlier_life=life)
+        with time_limit(current_time_limit_seconds() - (time.monotonic() - began)):
+            return await call(request)
 
     async def _life(self, run: TaskRun, *, waits_for_store: bool) -> EarlierLife:
         try:

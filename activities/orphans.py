@@ -39,6 +39,7 @@ from comfyui_temporal.contracts.errors import Answer, FailureCode, sentences_of
 from comfyui_temporal.contracts.give_back import Orphans, OwnEnd
 from comfyui_temporal.contracts.handed_on import Doubtful
 from comfyui_temporal.contracts.requests import (
+    JobBody,
     RequestedHold,
     RequestedJob,
     RequestOutcome,
@@ -109,6 +110,8 @@ class HistoryReader:
         self._holds = orphans.hold_state()
         self._converter = converter
         self._has_earlier_runs = has_earlier_runs
+        self._sent: list[tuple[str, JobBody, RequestedJob]] = []
+        """Key and body of each different request of a job."""
         self._sendings: Counter[int] = Counter()
         """How many calls requested each hold, by its `n`."""
         self._first_charges: dict[int, str] = {}
@@ -167,6 +170,7 @@ class HistoryReader:
                 self._orphans.snapshot = _snapshot_of(self._orphans.row, run.dataset)
         if continuation is not None:
             self._holds, self._orphans.jobs = continuation.hold, list(continuation.jobs)
+            self._sent += [(job.key, job.request, job) for job in continuation.jobs if job.request is not None]
             self._holds.open_doubtful()
             self._sendings.update(hold.n for hold in continuation.hold.asked if hold.outcome is RequestOutcome.UNKNOWN)
 
@@ -198,10 +202,12 @@ class HistoryReader:
         self._calls[event.event_id] = _Call(name, concerns)
 
     def _job(self, post: Post[Any], at: datetime) -> RequestedJob:
-        known = next((job for job in self._orphans.jobs if job.key == post.key), None)
+        """A run that undoes what earlier ones requested may send one key with each of their bodies."""
+        known = next((job for key, body, job in self._sent if (key, body) == (post.key, post.body)), None)
         if known is None:
             known = RequestedJob(attempt=number_in(post.key), key=post.key, request=post.body, asked_at=at)
             self._orphans.jobs.append(known)
+            self._sent.append((post.key, post.body, known))
         return known
 
     def _hold(self, post: Post[PreDeductRequest], at: datetime) -> RequestedHold:

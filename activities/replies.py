@@ -151,16 +151,17 @@ def _first_problem(error: Exception) -> str:
 
 def _refusal(http: OutsideHttp, route: Route, raw: RawReply, row: WireError, body: ErrorBody) -> Refusal:
     code, advice = row.failure, row.advice
-    if row.message == "job_refused" and body.error_details is not None:
-        code = _job_code(body.error_details)
-        advice = f"{body.error_details.code}: {body.error_details.message}"
+    details = body.error_details if row.message == "job_refused" else None
+    if details is not None:
+        code = _job_code(details)
+        advice = f"{details.code}: {details.message}"
     named = f" ({'; '.join(body.fields)})" if body.fields else ""
     return Refusal(
         code=code,
         message=row.message,
         http_status=raw.status,
         wire_code=body.number,
-        error_details=body.error_details,
+        error_details=details,
         sentence=shortened(f"{http.party.name} refused {route}: {row.message}{named}. {advice}"),
     )
 

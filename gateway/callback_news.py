@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from comfyui_temporal.contracts.scenes import Callback, scene_of_callback
+from comfyui_temporal.contracts.ticks import digest_of
 
 BURST: Final = 25
 PER_SECOND: Final = 2.0
@@ -20,14 +20,13 @@ class News(NamedTuple):
     """What matters of a callback to the workflow. Two callbacks of a job with equal news need one signal."""
 
     percent: int | None
-    rest: bytes
-    """A digest: the values are kept for thousands of tasks, and one callback may have 64 addresses of results."""
+    digest: str
+    """The same that the task's row compares: what makes no report a tick there needs no signal here."""
 
 
 def news_of(callback: Callback) -> News:
     percent = None if callback.stage_progress is None else int(callback.stage_progress)
-    rest = [getattr(callback, name) for name in scene_of_callback(callback).signalled_fields]
-    return News(percent, hashlib.blake2s(repr(rest).encode()).digest())
+    return News(percent, digest_of(scene_of_callback(callback).update(callback)))
 
 
 @dataclass

@@ -114,11 +114,15 @@ class TaskLine:
             self.sender = asyncio.create_task(self._send())
         return Relayed.COALESCED if joining.answer is None else await self._outcome_of(joining, joining.answer)
 
-    def has_signalled_like(self, callback: Callback) -> bool | None:
+    def has_signalled_like(self, job_id: str, digest: str) -> bool | None:
         """Whether the newest signal of the job says the same but for figures; None without one."""
-        reported = self._reported.get(callback.job_id)
-        news = self._signalling if self._in_flight == callback.job_id else reported.news if reported else None
-        return None if news is None else news.rest == news_of(callback).rest
+        reported = self._reported.get(job_id)
+        news = self._signalling if self._in_flight == job_id else reported.news if reported else None
+        return None if news is None else news.digest == digest
+
+    def forget(self, job_id: str) -> None:
+        """The next report of the job is signalled, whatever was signalled before."""
+        self._reported.pop(job_id, None)
 
     async def _outcome_of(self, joining: Waiting, answer: asyncio.Future[Relayed]) -> Relayed:
         await asyncio.wait({answer}, timeout=TAKE_SECONDS)
@@ -223,10 +227,16 @@ class CallbackRelay:
             self._lines.popitem(last=False)
         return await line.take(callback)
 
-    def has_signalled_like(self, task_id: str, callback: Callback) -> bool | None:
+    def has_signalled_like(self, task_id: str, job_id: str, digest: str) -> bool | None:
         """Whether the newest signal of the job says the same but for figures; None where this process sent none."""
         line = self._lines.get(task_id)
-        return None if line is None else line.has_signalled_like(callback)
+        return None if line is None else line.has_signalled_like(job_id, digest)
+
+    def forget(self, task_id: str, job_id: str) -> None:
+        """What was signalled of the job is not what its task's row has: its next report is signalled."""
+        line = self._lines.get(task_id)
+        if line is not None:
+            line.forget(job_id)
 
     async def close(self) -> None:
         """Give waiting ticks a moment to be sent, then stop."""

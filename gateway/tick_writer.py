@@ -53,8 +53,11 @@ class LongWay(Protocol):
 
     async def take(self, task_id: str, callback: Callback) -> object: ...
 
-    def has_signalled_like(self, task_id: str, callback: Callback) -> bool | None:
+    def has_signalled_like(self, task_id: str, job_id: str, digest: str) -> bool | None:
         """Whether the last signal of the job said the same but for figures; None where there was none."""
+
+    def forget(self, task_id: str, job_id: str) -> None:
+        """The job's next report is signalled, whatever was signalled before."""
 
 
 @dataclass
@@ -67,6 +70,11 @@ class Waiting:
     tries: int = 0
     context: Context = field(default_factory=current_context)
     """The trace of the callback's own request."""
+
+    def goes_on_from(self, other: Waiting) -> None:
+        """Count its tries too if it said the same: a job that reports often would else never have its last one."""
+        if other.tick.digest == self.tick.digest:
+            self.tries = max(self.tries, other.tries)
 
     def resolve(self, ticked: Ticked) -> None:
         if self.answer is not None and not self.answer.done():
@@ -100,9 +108,11 @@ class TickWriter:
 
     async def take(self, task_id: str, callback: Callback) -> Ticked:
         """Store the callback if it is a tick. Never raises; waits for the store, for a locked row a second."""
-        if callback.has_ended() or self._long_way.has_signalled_like(task_id, callback) is False:
+        if callback.has_ended():
             return Ticked.LONG_WAY
         tick = Tick.of(task_id, scene_of_callback(callback).update(callback), traceparent())
+        if self._has_signalled_like(tick) is False:
+            return Ticked.LONG_WAY
         older = self._waiting.get(task_id)
         if older is None and len(self._waiting) >= MAX_WAITING:
             return Ticked.LONG_WAY
@@ -113,6 +123,8 @@ class TickWriter:
                 return Ticked.COALESCED
             older.resolve(Ticked.COALESCED)
         waiting = self._waiting[task_id] = Waiting(tick, callback, None)
+        if older is not None:
+            waiting.goes_on_from(older)
         if self._ready_in(waiting) == 0 or not self._is_tick(waiting):
             waiting.answer = asyncio.get_running_loop().create_future()
         self._arrived.set()
@@ -156,7 +168,10 @@ class TickWriter:
 
     def _is_signalled(self, waiting: Waiting) -> bool:
         """Whether a signal of this process says the same: the workflow's write of it is on its way to the row."""
-        return bool(self._long_way.has_signalled_like(waiting.tick.task_id, waiting.callback))
+        return bool(self._has_signalled_like(waiting.tick))
+
+    def _has_signalled_like(self, tick: Tick) -> bool | None:
+        return self._long_way.has_signalled_like(tick.task_id, tick.job_id, tick.digest)
 
     async def _pause(self, seconds: float) -> None:
         """Wait until the next tick is ready, or one arrives."""
@@ -192,6 +207,9 @@ class TickWriter:
             waiting.resolve(Ticked.COALESCED)
             self._again(waiting, answer.ready_in, is_known=True)
         elif waiting.tries >= MAX_TRIES:
+            if answer.verdict is TickVerdict.NOT_KNOWN:
+                # The row decides: the workflow took something else since, or its write of this one is never made.
+                self._long_way.forget(waiting.tick.task_id, waiting.tick.job_id)
             self._hand_over(waiting)
         elif answer.verdict is TickVerdict.LOCKED:
             waiting.tries += 1
@@ -204,11 +222,20 @@ class TickWriter:
             self._hand_over(waiting)
 
     def _again(self, waiting: Waiting, seconds: float, *, is_known: bool) -> None:
-        """Keep it for later, unless a newer one came. A sender that was answered need not wait: a poll replaces it."""
-        newest = self._waiting.setdefault(waiting.tick.task_id, waiting)
-        newest.tries = waiting.tries
-        if newest is not waiting:
-            waiting.resolve(Ticked.COALESCED)
+        """Keep it for later, unless a newer one of its job came.
+
+        A sender that was answered need not wait: a poll replaces it.
+        """
+        came = self._waiting.get(waiting.tick.task_id)
+        if came is not None and came.tick.job_id != waiting.tick.job_id:
+            self._hand_over(waiting)  # sequences of two jobs have no order: neither replaces the other
+            return
+        is_older = came is not None and came.tick.sequence < waiting.tick.sequence
+        newest, other = (waiting, came) if came is None or is_older else (came, waiting)
+        if other is not None:
+            newest.goes_on_from(other)
+            other.resolve(Ticked.COALESCED)
+        self._waiting[waiting.tick.task_id] = newest
         self._pace(waiting.tick, seconds, is_known=is_known)
 
     def _pace(self, tick: Tick, seconds: float, *, is_known: bool) -> None:

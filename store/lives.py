@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import Row, Text, any_, bindparam, func, select, update
+from sqlalchemy import Column, Row, Select, Text, any_, bindparam, exists, func, select, update
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -49,12 +49,16 @@ _LIFE_SECONDS: Final = select(func.extract("epoch", func.now() - tasks.c.life_be
     tasks.c.task_id == bindparam("task")
 )
 _MADE: Final = bindparam("made", type_=Text)
-_NOTE: Final = {
-    lists.name: update(tasks)
-    .where(tasks.c.task_id == bindparam("task"), ~(any_(lists) == _MADE))
-    .values({lists.name: func.array_append(lists, _MADE)})
-    for lists in (tasks.c.hold_ids, tasks.c.job_ids)
-}
+
+
+def _note_in(ids: Column[Any]) -> Select[bool]:
+    """Adds `made` to the list. Returns whether the row listed it before: a statement does not see its own changes."""
+    is_row, is_listed = tasks.c.task_id == bindparam("task"), any_(ids) == _MADE
+    added = update(tasks).where(is_row, ~is_listed).values({ids.name: func.array_append(ids, _MADE)})
+    return select(exists().where(is_row, is_listed)).add_cte(added.cte("added"))
+
+
+_NOTE: Final = {ids.name: _note_in(ids) for ids in (tasks.c.hold_ids, tasks.c.job_ids)}
 
 
 async def seen(connection: AsyncConnection, run: TaskRun) -> EarlierLife | None:
@@ -71,6 +75,16 @@ async def register(connection: AsyncConnection, run: TaskRun) -> EarlierLife:
     if row is None:
         return EarlierLife(is_row_missing=True)
     return life_of(row, run, await taken_over(connection, row, run))
+
+
+async def go_on(connection: AsyncConnection, run: TaskRun, *, after: str) -> bool:
+    """Make `run` the acting run in place of `after`, which it continues as new. Returns whether it acts now."""
+    row = (await connection.execute(_LOCKED, {"task": run.task_id, "run": run.run_id})).one_or_none()
+    if row is not None and row.run_id == run.run_id:
+        return True
+    if row is None or row.run_id != after or run.run_number <= row.run_number:
+        return False
+    return bool(await taken_over(connection, row, run))
 
 
 async def taken_over(connection: AsyncConnection, row: Row[*tuple[Any, ...]], run: TaskRun) -> dict[str, Any]:
@@ -127,6 +141,14 @@ def life_of(row: Row[*tuple[Any, ...]], run: TaskRun, changes: dict[str, Any] | 
     )
 
 
+async def life_of_give_back(connection: AsyncConnection, task_id: str, *, by: str) -> EarlierLife:
+    """What the row knows beyond the give-back `by`: it has ended, or another one has claimed it since."""
+    row = (await connection.execute(_SEEN, {"task": task_id, "run": by})).one_or_none()
+    if row is None:
+        return EarlierLife(is_row_missing=True)
+    return EarlierLife(lives=row.lives, has_ended=row.ended_at is not None, is_given_back=row.given_back_by != by)
+
+
 async def look(connection: AsyncConnection, run: TaskRun) -> RowSeen:
     """Register `run` and return the whole row."""
     life = await register(connection, run)
@@ -150,9 +172,8 @@ async def published_points(connection: AsyncConnection, task_id: str) -> int:
 
 
 async def note_made(connection: AsyncConnection, task_id: str, *, column: str, made: str) -> bool:
-    """Add an id to `hold_ids` or `job_ids`. Returns whether it was there already."""
-    added = await connection.execute(_NOTE[column], {"task": task_id, "made": made})
-    return added.rowcount == 0
+    """Add an id to `hold_ids` or `job_ids`. Returns whether it was there already; where there is no row, it was not."""
+    return bool(await connection.scalar(_NOTE[column], {"task": task_id, "made": made}))
 
 
 async def claim_give_back(connection: AsyncConnection, task_id: str, *, by: str, found_run: str | None) -> bool:

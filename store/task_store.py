@@ -148,6 +148,14 @@ class TaskStore:
             lambda connection: lives.register(connection, run), doing=doing, within_seconds=within_seconds
         )
 
+    async def life_of_give_back(self, task_id: str, *, by: str, within_seconds: float = WORK_SECONDS) -> EarlierLife:
+        """What the task's row knows beyond the give-back `by`."""
+        return await self._database.read(
+            lambda connection: lives.life_of_give_back(connection, task_id, by=by),
+            doing=f"looking at the task {task_id}",
+            within_seconds=within_seconds,
+        )
+
     async def look(self, run: TaskRun, *, within_seconds: float = WORK_SECONDS) -> RowSeen:
         """As `register`, with the whole row."""
         return await self._database.transaction(
@@ -240,12 +248,28 @@ class TaskStore:
         )
 
     async def heard(self, order: HeardOrder, run_id: str, *, within_seconds: float = WORK_SECONDS) -> Heard | None:
-        """The newest figures of a job that came as a tick; None without any, and for a run that does not act."""
-        return await self._database.read(
-            lambda connection: ticks.heard(connection, order, run_id),
-            doing=f"reading what was heard of the task {order.task_id}",
-            within_seconds=within_seconds,
+        """The newest figures of a job that came as a tick; None without any, and for a run that does not act.
+
+        A run that continues the acting one as new acts from then on, so that the next one hears of the job too.
+        """
+        doing = f"reading what was heard of the task {order.task_id}"
+        found = await self._database.read(
+            lambda connection: ticks.heard(connection, order, run_id), doing=doing, within_seconds=within_seconds
         )
+        if found is None:
+            return None
+        if found.run_id != run_id:
+            run = TaskRun(
+                run_id=run_id, **order.model_dump(include={"task_id", "run_number", "first_execution_run_id"})
+            )
+            goes_on = await self._database.transaction(
+                lambda connection: lives.go_on(connection, run, after=found.run_id),
+                doing=doing,
+                within_seconds=within_seconds,
+            )
+            if not goes_on:
+                return None
+        return found.heard
 
     async def task(self, task_id: str) -> TaskRow | None:
         return await self._database.read(

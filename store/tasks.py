@@ -151,10 +151,11 @@ async def claim_task(
 ) -> bool:
     """Whether `claim`'s run holds the id. The first claim writes the row, the event `task.accepted` and the input.
 
-    Raises StartRefused if the claim is the first and is beyond the tenant's limits.
+    With `only_if_known` a claim is never the first. Raises StartRefused if the claim is the first and is beyond the
+    tenant's limits.
     """
     claimed = claim.model_dump(include=set(_CLAIM_COLUMNS)) | {"claimed_at": claim.at}
-    if await connection.scalar(_CLAIM, claimed) is None:
+    if claim.only_if_known or await connection.scalar(_CLAIM, claimed) is None:
         holder = await connection.scalar(_HOLDER, {"task": claim.task_id})
         return bool(holder == claim.first_execution_run_id)
     if run is None or not run.was_reset:  # of a reset run the store lost the claim: its task was admitted, and may hold
@@ -167,7 +168,7 @@ async def claim_task(
 
 async def _insert_row(connection: AsyncConnection, claim: TaskClaim, run: TaskRun | None, *, lives: int) -> None:
     row = {
-        **claim.model_dump(exclude={"at", "input", "model_ids"}),
+        **claim.model_dump(exclude={"at", "input", "model_ids", "only_if_known"}),
         **_columns(TaskState(version=0, status=TaskStatus.QUEUED), _JSON_STATE),
         "created_at": claim.at,
         "updated_at": claim.at,

@@ -24,7 +24,8 @@ from store.tables import EVENTS_CHANNEL, tasks
 # A row that another writer has is left out, so that its tick delays no other task's. In the last part `tasks` is the
 # row as it was when the statement began.
 # A task has one tick a second, at all gateways together. A fraction of a percent is no event of its own: a training of
-# a month would have millions.
+# a month would have millions. Nor is an ETA within ten seconds of the newest event's. The row alone cannot tell: its
+# figures move with each tick, so that a small slide would never add up, and the workflow writes some without an event.
 _WRITE: Final = text(
     """
 WITH given AS (
@@ -43,7 +44,17 @@ WITH given AS (
         floor(greatest(tasks.progress, given.progress)) > floor(tasks.progress)
             OR tasks.queue_position IS DISTINCT FROM given.queue_position
             OR (tasks.next_eta IS NULL) <> (given.next_eta IS NULL)
-            OR coalesce(abs(extract(epoch FROM tasks.next_eta - given.next_eta)) >= 10, false) AS is_shown
+            OR EXISTS (
+                SELECT FROM task_events AS newest WHERE newest.task_id = tasks.task_id AND newest.seq = tasks.last_seq
+                    AND (
+                        floor(given.progress) > floor(newest.progress)
+                        OR newest.queue_position IS DISTINCT FROM given.queue_position
+                        OR coalesce(
+                            abs(extract(epoch FROM newest.next_eta - given.next_eta)) >= 10,
+                            newest.next_eta IS DISTINCT FROM given.next_eta
+                        )
+                    )
+            ) AS is_shown
     FROM tasks JOIN given USING (task_id)
     ORDER BY tasks.task_id
     FOR NO KEY UPDATE OF tasks SKIP LOCKED
@@ -104,9 +115,10 @@ _HEARD: Final = select(
     tasks.c.next_eta,
     tasks.c.queue_position,
     sql.extract("epoch", sql.clock_timestamp() - tasks.c.ticked_at).label("seconds_ago"),
+    tasks.c.run_id,
 ).where(
     tasks.c.task_id == bindparam("task"),
-    tasks.c.run_id == bindparam("run", type_=Text),
+    tasks.c.run_id.in_((bindparam("run", type_=Text), bindparam("continued", type_=Text))),
     tasks.c.ticked_at.is_not(None),
     tasks.c.taken["job_id"].astext == _JOB,
     _DIGEST.is_(None) | (tasks.c.taken["digest"].astext == _DIGEST),
@@ -134,13 +146,22 @@ def _document(tick: Tick) -> dict[str, Any]:
     return tick.model_dump(mode="json") | {"job_id": repaired(tick.job_id)}
 
 
-async def heard(connection: AsyncConnection, order: HeardOrder, run_id: str) -> Heard | None:
+class HeardBy(NamedTuple):
+    """What was heard, and the acting run: the one that asks, or the one before it."""
+
+    heard: Heard
+    run_id: str
+
+
+async def heard(connection: AsyncConnection, order: HeardOrder, run_id: str) -> HeardBy | None:
     """The newest figures of the task's current job that came as a tick; None without any.
 
     None too where the ticks are not like the run's newest report, whose write is under way: they say something else.
-    None for a run that does not act yet, because it was reset: an earlier life may have learned of the job by a poll
-    what this run has not, and its sequence would hide that from this run.
+    None for a run that neither acts nor continues the acting one as new, because it was reset: an earlier life may have
+    learned of the job by a poll what this run has not, and its sequence would hide that from this run.
     """
     values = {"task": order.task_id, "job": repaired(order.job_id), "digest": order.digest, "run": run_id}
-    row = (await connection.execute(_HEARD, values)).one_or_none()
-    return None if row is None or row.sequence is None else Heard.model_validate(dict(row._mapping))
+    row = (await connection.execute(_HEARD, values | {"continued": order.continued_run_id})).one_or_none()
+    if row is None or row.sequence is None:
+        return None
+    return HeardBy(Heard.model_validate(dict(row._mapping)), row.run_id)

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from comfyui_temporal.contracts.errors import ExceptionCode, sentences_of
 from comfyui_temporal.contracts.task_store import (
+    CHARGES,
     PRICE,
     SHORTFALL_KEY,
     SHORTFALL_TEXT,
@@ -45,6 +46,19 @@ PRICE_TO_CHARGE: Final = (
 )
 """What a completed task was to be charged, in points; NULL where it ended otherwise, or no record names it."""
 
+CHARGES_SENT: Final = (
+    select(func.coalesce(func.max(task_exceptions.c.details[CHARGES].as_integer()), 0))
+    .where(
+        task_exceptions.c.task_id == tasks.c.task_id,
+        task_exceptions.c.code == ExceptionCode.SETTLEMENT_UNKNOWN.value,
+    )
+    .correlate(tasks)
+    .scalar_subquery()
+    .label(CHARGES)
+)
+"""How many charges of the task may be missing in its ledger yet, those that it shows included."""
+_BY_RECORDS: Final = {PRICE: PRICE_TO_CHARGE, CHARGES: CHARGES_SENT}
+
 
 def still_looked_at() -> ColumnElement[bool]:
     """Tasks that are unsettled and young enough for another check."""
@@ -68,7 +82,7 @@ async def take_unsettled(connection: AsyncConnection, *, every: timedelta, limit
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    columns = [PRICE_TO_CHARGE if name == PRICE else tasks.c[name] for name in UnsettledTask.model_fields]
+    columns = [_BY_RECORDS[name] if name in _BY_RECORDS else tasks.c[name] for name in UnsettledTask.model_fields]
     taken = update(tasks).where(tasks.c.task_id.in_(due)).values(settlement_looked_at=func.now()).returning(*columns)
     found: list[UnsettledTask] = []
     for row in await connection.execute(taken):

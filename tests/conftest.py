@@ -18,6 +18,7 @@ import asyncpg
 import certifi
 import pytest
 import pytest_asyncio
+from hypothesis import settings
 from sqlalchemy.engine import make_url
 from temporalio.common import SearchAttributeKey
 from temporalio.contrib.pydantic import pydantic_data_converter
@@ -27,6 +28,10 @@ from comfyui_temporal.contracts.tasks import SEARCH_ATTRIBUTES
 from local_stack.temporal_server import dynamic_config, dynamic_config_flags
 from store import StoreHome, TaskStore, migrate
 from tests.postgres import postgres_of_its_own
+
+# A busy machine takes longer for one example than Hypothesis's 200 ms.
+settings.register_profile("without deadline", settings.default, deadline=None)
+settings.load_profile("without deadline")
 
 NewDatabase = Callable[..., Awaitable[str]]
 """`await new_database()` → DSN of an empty, migrated database of its own; `migrated=False`: without tables."""

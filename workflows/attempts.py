@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from temporalio import workflow
 
@@ -22,7 +22,7 @@ from comfyui_temporal.contracts.requests import JobBody, RequestedJob, RequestOu
 from comfyui_temporal.contracts.scenes import Accepted
 from comfyui_temporal.contracts.task_events import EventType
 from workflows.alarm import Alarm
-from workflows.earlier_life import is_key_of_earlier_life
+from workflows.earlier_life import are_not_of_earlier_life, is_key_of_earlier_life
 from workflows.failures import RowEnded, TaskFailed
 from workflows.job_clock import JobClock
 from workflows.job_routes import JobRoutes
@@ -30,6 +30,8 @@ from workflows.outside_call import OutsideCall
 from workflows.step_labels import RETRY
 from workflows.stop import Stop
 from workflows.task_record import TaskRecord
+
+COVER_AWAITED: Final = "cover-awaited-right-before-a-next-job"
 
 
 class LongRun(Protocol):
@@ -85,9 +87,19 @@ class Attempts:
         """`n` in the keys of the present attempt's calls."""
         return len(self.asked)
 
+    async def covered(self) -> None:
+        """Wait until the hold covers the next job: what was awaited since the pause may have outlasted it.
+
+        The first job has no hold yet. Raises as `InterruptibleWaits.in_time`.
+        """
+        if not self._outside.waits.is_covered() and workflow.patched(COVER_AWAITED):
+            await self._outside.waits.covered()
+
     async def submit(self, request: JobBody) -> Accepted:
         """Row 1: request the next job. Raises TaskFailed with the refusal's code, and as `OutsideCall.setup`."""
+        taken = 0
         while True:
+            await self.covered()
             self._outside.may_begin()
             n = len(self.asked) + 1
             job = RequestedJob(attempt=n, key=self._outside.key("submit", n), request=request, asked_at=workflow.now())
@@ -95,7 +107,7 @@ class Attempts:
             self._record.attempted(self.number)
             try:
                 answer: Answer[Any] = await self._outside.setup(
-                    self._routes.submit, self._post(job), summary=self._outside.labels.submit
+                    self._routes.submit, self._post(job), summary=self._outside.labels.submit, again=self.covered
                 )
             except RowEnded as end:
                 if end.is_unsent and workflow.patched("unsent-job-not-undone"):
@@ -105,6 +117,9 @@ class Attempts:
             if not is_key_of_earlier_life(answer, self._outside.earlier):
                 break
             job.is_key_taken = True  # an earlier life used the key: its job is cancelled when the task ends
+            taken += 1
+            if are_not_of_earlier_life(taken):
+                break
         if answer.reply is None:
             raise TaskFailed.by_refusal(_refusal_of(answer))
         accepted: Accepted = answer.reply

@@ -29,6 +29,7 @@ from workflows.step_labels import wait_in
 
 SENT_ONCE: Final = "charge-sent-once"
 NUMBERED_BY_LEDGER: Final = "charge-numbered-as-the-ledger-shows-it"
+COUNTED_AS_SHOWN: Final = "charge-counted-as-the-ledger-shows-it"
 ONE_TRY: Final = RetryPolicy(maximum_attempts=1)
 STORE_AGAIN_AFTER: Final = timedelta(seconds=2)
 """Doubled each time, up to `STORE_AGAIN_AT_MOST`."""
@@ -46,7 +47,7 @@ class ChargeUnknown(Exception):
 
 
 class Charged(NamedTuple):
-    """Points charged in all parts, and the balance after where it is known."""
+    """Points charged in one or all parts, and the balance after where it is known."""
 
     points: int
     balance_after: int | None = None
@@ -68,6 +69,13 @@ class Charges:
         self._n = 0
         self.price: int | None = None
         """The whole price of the delivered work, in points: a give-back finds it in each request."""
+        self.may_be_sent = False
+        """Whether another give-back of the task may have sent the next parts: none of its requests is read."""
+
+    @property
+    def sent(self) -> int:
+        """How many charges the ledger should show: the number of the last one that was sent, or that it has shown."""
+        return self._n
 
     def taken_before(self) -> int:
         """Points that the ledger showed as charged when it was last read; their numbers are taken."""
@@ -75,11 +83,17 @@ class Charges:
         self._n = max(self._n, len(shown.charges) if shown is not None else 0)
         return self._ledger.charged_without_hold()
 
+    @property
+    def are_more_shown(self) -> bool:
+        """Whether the last reading shows more charges than have a number here."""
+        newest = self._ledger.newest
+        return newest is not None and len(newest.charges) > self._n
+
     def shown_of(self, requested: list[Post[ChargeRequest]]) -> int:
         """Points of these parts that the last reading shows."""
         newest = self._ledger.newest
         shown = len(newest.charges) if newest is not None else 0
-        return sum(post.body.amount for post in requested if number_in(post.key) <= shown)
+        return sum(self._shown(post, number_in(post.key)) for post in requested if number_in(post.key) <= shown)
 
     async def take(self, points: int, *, before: int = 0) -> Charged:
         """Charge `points`; after a refusal the rest stays uncharged. Raises ChargeUnknown and EarlierLifePossible.
@@ -87,10 +101,10 @@ class Charges:
         `before`: what was charged for the task until now, for the failure.
         """
         charged, balance_after = 0, None
-        for amount in _parts(points):
+        while charged < points:
             self._n += 1
             try:
-                answer = await self._sent(self._post(amount))
+                part = await self._sent(self._post(min(points - charged, MAX_CHARGE_POINTS)))
             except ChargeUnknown as unknown:
                 raise ChargeUnknown(str(unknown), charged=before + charged) from None
             except EarlierLifePossible:
@@ -98,9 +112,9 @@ class Charges:
                     raise
                 self._n -= 1
                 raise EarlierLifePossible(charged=charged) from None
-            if answer.reply is None:
+            if part.is_refused:
                 return Charged(charged, balance_after, is_refused=True)
-            charged, balance_after = charged + amount, answer.reply.balance_after
+            charged, balance_after = charged + part.points, part.balance_after
         return Charged(charged, balance_after)
 
     async def learn(self, requested: list[Post[ChargeRequest]], *, by_key: bool) -> Charged:
@@ -112,12 +126,12 @@ class Charges:
         for post in requested:
             self._n = number_in(post.key) if by_key else self._n + 1
             try:
-                answer = await self._unanswered(post, "its run had ended")
+                part = await self._unanswered(post, "its run had ended")
             except ChargeUnknown as unknown:
                 raise ChargeUnknown(str(unknown), charged=charged) from None
-            if answer.reply is None:
+            if part.is_refused:
                 return Charged(charged, balance_after, is_refused=True)
-            charged, balance_after = charged + post.body.amount, answer.reply.balance_after
+            charged, balance_after = charged + part.points, part.balance_after
         return Charged(charged, balance_after)
 
     def _post(self, amount: int) -> Post[ChargeRequest]:
@@ -136,13 +150,14 @@ class Charges:
             call_for=self._outside.call_for, key=key, body=body, has_read_ledger=has_read, price=self.price
         )
 
-    async def _sent(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
-        """The answer to a part: what was charged, or a refusal. Raises ChargeUnknown."""
+    async def _sent(self, post: Post[ChargeRequest]) -> Charged:
+        """What was charged for a part, or that it was refused. Raises ChargeUnknown."""
         if not workflow.patched(SENT_ONCE):
-            return await self._repeated(post)
-        newest = self._ledger.newest
-        if self._outside.earlier.is_possible and not (newest is not None and newest.has_kinds):
-            return await self._unanswered(post, "the task's run was reset")  # an earlier life may have sent it
+            return _answered(post, await self._repeated(post))
+        newest, was_reset = self._ledger.newest, self._outside.earlier.is_possible
+        if (was_reset or self.may_be_sent) and not (newest is not None and newest.has_kinds):
+            # An earlier life, or another give-back, may have sent it.
+            return await self._unanswered(post, "the task's run was reset" if was_reset else "it may have been sent")
         try:
             answer = await self._once(post)
         except FailureError as error:
@@ -164,7 +179,7 @@ class Charges:
             await workflow.sleep(wait, summary=wait_in(self._outside.labels.charge, "the task store is away"))
             wait = min(2 * wait, STORE_AGAIN_AT_MOST)
 
-    async def _unanswered(self, post: Post[ChargeRequest], reason: str) -> Answer[ChargeReply]:
+    async def _unanswered(self, post: Post[ChargeRequest], reason: str) -> Charged:
         """A part without an answer: the ledger shows what became of it, or whether it may be sent again."""
         for _ in range(MAX_SENDINGS):
             match await self._ledger.charge_shown(self._n):
@@ -185,20 +200,31 @@ class Charges:
         assert answer is not None
         return answer
 
-    async def _decided(self, post: Post[ChargeRequest], answer: Answer[ChargeReply]) -> Answer[ChargeReply]:
+    async def _decided(self, post: Post[ChargeRequest], answer: Answer[ChargeReply]) -> Charged:
         """An answer that does not say whether it was charged is looked up in the ledger."""
         raise_unless_settled(answer)
         if answer.refusal is None or refuses_charge(answer):
-            return answer
+            return _answered(post, answer)
         if await self._ledger.charge_shown(self._n, may_repeat=False) is Shown.CHARGED:
             return self._by_ledger(post)
         raise ChargeUnknown(answer.refusal.sentence)
 
-    def _by_ledger(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
-        """The missing reply, made from the ledger."""
-        return Answer(reply=ChargeReply(ledger_id=f"charge-{self._n}", change=-post.body.amount))
+    def _by_ledger(self, post: Post[ChargeRequest]) -> Charged:
+        """What stands in for the missing answer."""
+        return Charged(self._shown(post, self._n))
+
+    def _shown(self, post: Post[ChargeRequest], n: int) -> int:
+        """Points of charge number `n`, which the last reading shows: an earlier life may have sent it with another
+        amount under the key of `post`.
+        """
+        newest, amount = self._ledger.newest, post.body.amount
+        assert newest is not None
+        points = newest.charges[-n].points  # a ledger is newest first
+        return points if points != amount and workflow.patched(COUNTED_AS_SHOWN) else amount
 
 
-def _parts(points: int) -> list[int]:
-    whole, rest = divmod(points, MAX_CHARGE_POINTS)
-    return [MAX_CHARGE_POINTS] * whole + ([rest] if rest else [])
+def _answered(post: Post[ChargeRequest], answer: Answer[ChargeReply]) -> Charged:
+    """What an answer says of its part."""
+    if answer.reply is None:
+        return Charged(0, is_refused=True)
+    return Charged(post.body.amount, answer.reply.balance_after)

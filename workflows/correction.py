@@ -27,18 +27,48 @@ from workflows.task_ledger import TaskLedger
 READ_WITHIN: Final = timedelta(seconds=30)
 """A ledger that cannot be read in time is left to the next hour: one outage delays no pass."""
 READS_AT_ONCE: Final = 10
+LAST_LOOK_AFTER: Final = timedelta(hours=22)
+"""After the task's end: a charge that the ledger has not shown by then counts as not made. Rows are looked at for 25
+hours, so a look that fails, or comes late where many rows are due, is not the only one.
+"""
+CHARGES_AWAITED: Final = "settlement-corrected-once-the-charges-that-were-sent-are-shown"
 CHARGE_IS_ENOUGH: Final = "settlement-corrected-by-a-charge-without-a-hold"
+CUT_IS_ENOUGH: Final = "settlement-corrected-by-a-ledger-that-is-cut-before-the-task"
 
 
-def corrected(recorded: CreditsSummary, ledger: TaskLedger, *, price: int | None = None) -> CreditsSummary | None:
-    """The credits as the ledger shows them now; None where it still does not show the end."""
+def corrected(
+    recorded: CreditsSummary, ledger: TaskLedger, *, price: int | None = None, lives: int | None = None
+) -> CreditsSummary | None:
+    """The credits as the ledger shows them now; None where it still does not show the end.
+
+    `lives`: how often the task's run was reset; None where that is not known.
+    """
     charged, stands = ledger.charged(), ledger.open_holds()
     was_held = bool(recorded.held or recorded.pre_deduct_count)
-    if charged is None or not ledger.is_complete or not (ledger.holds or (ledger.charges and not was_held)):
+    if charged is None or not (ledger.holds or (ledger.charges and not was_held)):
         return None  # an entry that is absent proves nothing
+    if not ledger.is_complete and not _is_cut_before(recorded, ledger, lives):
+        return None
     if charged == 0 and (stands.named or stands.nameless):
         return None  # its points have not been returned
     return recorded.settled(charged=charged, returned=max(0, recorded.held - charged), price=price)
+
+
+def _is_cut_before(recorded: CreditsSummary, ledger: TaskLedger, lives: int | None) -> bool:
+    """Whether what a cut ledger lacks is older than the task: it is newest first, and shows the task's first hold.
+
+    It shows that one where it shows as many holds as were granted. An earlier life may have been granted more, and an
+    open hold may be a doubled one that takes the first one's place.
+    """
+    stands = ledger.open_holds()
+    is_first_shown = 0 < recorded.pre_deduct_count <= len(ledger.holds)
+    return lives == 0 and is_first_shown and not (stands.named or stands.nameless)
+
+
+def _may_show_more(task: UnsettledTask, ledger: TaskLedger) -> bool:
+    """Whether a charge that was sent may still be shown: a hold's end proves nothing about that."""
+    is_last_look = task.ended_at is None or workflow.now() - task.ended_at >= LAST_LOOK_AFTER
+    return len(ledger.charges) < task.charges and not is_last_look
 
 
 class Corrections:
@@ -79,8 +109,12 @@ class Corrections:
         if answer.reply is None:
             return False
         ledger = TaskLedger.of(answer.reply)
-        credits = corrected(task.credits, ledger, price=task.price)
+        credits = corrected(task.credits, ledger, price=task.price, lives=task.lives)
         if credits is None or not (ledger.holds or workflow.patched(CHARGE_IS_ENOUGH)):
+            return False
+        if not (ledger.is_complete or workflow.patched(CUT_IS_ENOUGH)):
+            return False
+        if _may_show_more(task, ledger) and workflow.patched(CHARGES_AWAITED):
             return False
         record = TaskException(
             key="settlement_corrected",

@@ -7,14 +7,19 @@ begins nothing more: it gives back what it holds and returns the row's outcome.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
+from temporalio import workflow
 from temporalio.exceptions import ApplicationError
 
 from comfyui_temporal.contracts.errors import Answer, RefusalKind
 from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE, EarlierLife
 from comfyui_temporal.contracts.requests import is_key_conflict
 from workflows.failures import RowEnded
+
+MOST_KEYS_TAKEN: Final = 100
+"""So many keys in a row at most are an earlier life's, beyond those of which is known what they made."""
+KEYS_BOUNDED: Final = "taken-keys-bounded"
 
 
 def is_of_store(error: BaseException | None) -> bool:
@@ -72,6 +77,11 @@ class EarlierLives:
 def is_key_of_earlier_life(answer: Answer[Any], earlier: EarlierLives) -> bool:
     """Whether an earlier life of the task used the key with another body."""
     return is_key_conflict(answer) and earlier.is_possible
+
+
+def are_not_of_earlier_life(taken: int, *, known: int = 0) -> bool:
+    """Whether `taken` keys in a row are too many to be an earlier life's: the service would refuse each further one."""
+    return taken >= known + MOST_KEYS_TAKEN and workflow.patched(KEYS_BOUNDED)
 
 
 class EarlierLifePossible(Exception):

@@ -25,6 +25,8 @@ from workflows.task_record import TaskRecord
 from workflows.undo import Undo
 
 CLEANED_UP_LAST: Final = "cleaned-up-once-forgotten-jobs-are-cancelled"
+PRICE_OF_EARLIER_LIVES: Final = "shortfall-by-the-price-of-earlier-lives"
+LEFT_CANCELLED: Final = "forgotten-holds-of-a-completed-task-cancelled-once-the-store-is-back"
 JOBS_CANCELLED_ONCE_BACK: Final = "forgotten-jobs-cancelled-once-the-store-is-back"
 
 
@@ -99,12 +101,20 @@ class TaskEnding:
             if row is not None:
                 return Outcome(row=row)
             end = self._row_look.failure()
+        price: int | None = None
         if self._outside.earlier.is_possible:
             await self._row_look.once_all_has_landed()
             await self._hold.forgotten.give_back()
+            if self._hold.ends.price is None and workflow.patched(PRICE_OF_EARLIER_LIVES):
+                self._hold.ends.price = price = await self._forgotten_jobs.price()
+                self._hold.forgotten.price_learned()
+            await self._hold.forgotten.look_for_charges(await self._forgotten_jobs.charges_sent())
+            self._hold.publish_ends_seen()
         self._hold.ends.close()
         if not self._hold.state.charged:
             return Outcome(end=end)
+        if price is not None:
+            self._settlement.record_rest(price)
         if workflow.patched("charge-of-others-told"):
             self._settlement.settled(None)  # another caller, or an earlier life, has committed a hold
         return Outcome(delivery=await self._delivery_of_any_life())
@@ -139,8 +149,7 @@ class TaskEnding:
         await self._cancel_forgotten_jobs()
         if cleans_up_last:
             await self._clean_up()
-        if outcome.end is not None:
-            await self._give_back_forgotten()
+        await self._give_back_forgotten(is_completed=outcome.end is None)
         return outcome if row is None else await self._publish_row(row)
 
     async def _cancel_forgotten_jobs(self) -> None:
@@ -151,13 +160,15 @@ class TaskEnding:
         await self._forgotten_jobs.learn_and_cancel("the task has ended")
         await self._all_published()
 
-    async def _give_back_forgotten(self) -> None:
+    async def _give_back_forgotten(self, *, is_completed: bool) -> None:
         """Give back what only the row knew, once the store is back: the ledger may have been late as well."""
         if not self._outside.earlier.life.is_store_away or not self._hold.forgotten.left():
             return
-        if workflow.patched("forgotten-holds-given-back-once-the-store-is-back"):
-            await self._hold.forgotten.give_back()
-            await self._all_published()
+        marker = LEFT_CANCELLED if is_completed else "forgotten-holds-given-back-once-the-store-is-back"
+        if not workflow.patched(marker):
+            return
+        await self._hold.forgotten.give_back_after_end(is_charged=is_completed)
+        await self._all_published()
 
     async def _publish_completed(self, delivery: JobUpdate | None) -> None:
         if delivery is not None:

@@ -16,7 +16,7 @@ from comfyui_temporal.contracts.errors import HOLD_NAMELESS, Answer, ExceptionCo
 from comfyui_temporal.contracts.requests import HoldState, RequestedHold
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from workflows.hold_ends import HoldEnds
-from workflows.ledger_search import LedgerSearch
+from workflows.ledger_search import LedgerSearch, Shown
 from workflows.row_look import RowLook
 from workflows.task_ledger import TaskLedger
 from workflows.task_record import TaskRecord
@@ -24,10 +24,15 @@ from workflows.task_record import TaskRecord
 NAMELESS_RECORDED: Final = "nameless-hold-of-an-earlier-life-recorded"
 ROW_AWAITED: Final = "row-awaited-where-holds-may-be-forgotten"
 NAMELESS_COUNTED: Final = "nameless-holds-counted-beside-the-known-ones"
+MORE_SHOWN: Final = "nameless-hold-looked-for-where-more-are-shown-than-known"
 UNKNOWN_RECORDED: Final = "unknown-end-of-an-earlier-lifes-hold-recorded"
 UNKNOWN_LOOKED_UP: Final = "unknown-ends-looked-up-again-at-the-delivery"
 NEWEST_LAST: Final = "holds-of-the-ledger-oldest-first"
 ENDS_SEEN: Final = "unknown-ends-seen-by-the-last-reading"
+SHOWN_FIRST: Final = "holds-awaited-in-the-ledger-where-a-cancel-is-refused"
+OLDER_CANCELLED: Final = "holds-older-than-those-kept-cancelled-where-one-is-open"
+CHARGES_RECORDED: Final = "charges-sent-before-recorded-where-an-end-is-unknown"
+SEEN_AFTER_END: Final = "charge-seen-after-the-end-recorded"
 REASON: Final = "taken before the task's run was reset"
 """The same in every request: a run that continues as new, and is reset, may send one again under its key."""
 
@@ -57,6 +62,10 @@ class ForgottenHolds:
         """Whether the last reading leaves open what the task was charged."""
         self.is_done = False
         """Whether they were given back: no more of them can appear."""
+        self._is_after_end = False
+        """Whether the task's end is written: nobody reads the ledger again, and the row's credits stay as they are."""
+        self._has_left = False
+        """Whether one of the last cancels was refused for a reason that says nothing of the hold's end."""
         self._cancelled: set[str] = set()
         self._seen: set[str] = set()
         """Ids of the task's holds that row, ledger and this run knew when they were given back."""
@@ -113,12 +122,15 @@ class ForgottenHolds:
         if finds_out_again:
             self._ends.find_out_again()
             doubtful = self._doubtful(ledger)
+        await self._cancel_older(ledger, set(own), open_at_most=len(doubtful) + len(may_stand))
         others = [each for each in may_stand if each != kept and (keep_one or each not in own)]
         if await self._cancel_all([*doubtful, *others], own):
             # Without ids only a full ledger shows that none is missing.
             is_by_count = ledger is not None and not ledger.tells_ids and len(in_row) >= MAX_KEPT_HOLDS
             count = self.known if is_by_count else len(known)
             ledger = await self._ledger.once_all_ended(but=self.own_standing(), known=count)
+        elif self._has_left and self._lacks_holds(ledger, len(known)) and workflow.patched(SHOWN_FIRST):
+            ledger = await self._ledger.once_shown(len(known))  # it may lack the commit of the hold that was left
         is_learned = self._learn_charged(ledger)
         if is_learned and not keep_one and self._ends.are_unknown and self._have_all_ended(ledger, list(known)):
             self._ends.find_out_again()
@@ -132,6 +144,52 @@ class ForgottenHolds:
         self.is_done = True
         return len(known) > len(own)
 
+    async def give_back_after_end(self, *, is_charged: bool) -> None:
+        """Cancel what only the row knew, once its end is written: what that changes is recorded, for people to see."""
+        self._is_after_end = True
+        if not is_charged:
+            charged = self._state.charged
+            await self.give_back()
+            if self._state.charged != charged and workflow.patched(SEEN_AFTER_END):
+                self._record_after_end(f"shows that {self._state.charged} points were charged")
+            return
+        left = self.left()
+        self._seen.update(left)
+        if not await self._cancel_all(left, {}):
+            return
+        ledger = await self._ledger.once_all_ended(but=self.own_standing(), known=self.known)
+        charged_in_all = None if ledger is None else ledger.charged()
+        if charged_in_all is None:
+            self._record_unknown()
+        elif charged_in_all != self._state.charged:
+            self._record_after_end(f"shows that {charged_in_all} points were charged")
+
+    async def look_for_charges(self, sent: int) -> bool:
+        """Find the charges that earlier lives sent, if the last reading does not show as many. None is sent again.
+
+        Those that the ledger does not show in time leave it unknown what the task was charged: then returns False.
+        """
+        newest = self._ledger.newest
+        if sent <= (0 if newest is None else len(newest.charges)):
+            return True
+        self._ends.charges = max(self._ends.charges, sent)
+        if newest is None or self._ends.are_unknown:
+            if workflow.patched(CHARGES_RECORDED):
+                self._record_unknown("does not show a charge that was sent before", of="charges")
+            return False
+        is_shown = await self._ledger.charge_shown(sent, may_repeat=False) is Shown.CHARGED
+        if is_shown and self._learn_charged(self._ledger.newest):
+            return True
+        self.is_unknown = True
+        self._ends.mark_unknown()
+        self._record_unknown("does not show a charge that was sent before")
+        return False
+
+    def price_learned(self) -> None:
+        """The record of what stays unknown names the price of the delivered work, where one is known by now."""
+        if self.is_unknown and self._ends.price is not None:
+            self._record_unknown()
+
     def _have_all_ended(self, ledger: TaskLedger | None, known: list[str]) -> bool:
         """Whether the ledger shows the end of every hold: what it shows decides, not what was unknown before."""
         if ledger is None:
@@ -143,7 +201,7 @@ class ForgottenHolds:
 
     async def _cancel_all(self, hold_ids: list[str], own: dict[str, RequestedHold]) -> bool:
         """Cancel these holds. Returns whether one of them may have been committed."""
-        is_unsure = False
+        is_unsure = self._has_left = False
         for pre_deduct_id in hold_ids:
             answer = await self._cancel(pre_deduct_id, f"forgotten:{pre_deduct_id}", REASON)
             is_unsure |= self._is_unsure(pre_deduct_id, answer)
@@ -152,6 +210,18 @@ class ForgottenHolds:
             if pre_deduct_id in own:
                 own[pre_deduct_id].resolved = True
         return is_unsure
+
+    async def _cancel_older(self, ledger: TaskLedger | None, own: set[str], *, open_at_most: int) -> None:
+        """Cancel what an earlier life took before all that this run keeps: where holds never expire it may stand.
+
+        Only where a ledger without ids shows an open hold beside the others; one with ids names it.
+        """
+        if ledger is None or ledger.tells_ids or ledger.open_holds().nameless <= open_at_most:
+            return
+        older = self._look.older_holds(own, left_out=self._state.granted_before)
+        older = [each for each in older if each not in self._cancelled]
+        if older and workflow.patched(OLDER_CANCELLED):
+            await self._cancel_all(older, {})
 
     def _may_be_forgotten(self, ledger: TaskLedger | None) -> bool:
         """Whether there may be a hold whose id only the row knows: there was an earlier life, or the ledger shows more
@@ -162,12 +232,16 @@ class ForgottenHolds:
 
     def _shows_nameless(self, ledger: TaskLedger | None, *, known: int, open_at_most: int) -> bool:
         """Whether a ledger without ids shows an open hold that is none of the `known` ones."""
-        if ledger is None or ledger.tells_ids or ledger.open_holds().nameless <= open_at_most:
+        if ledger is None or ledger.tells_ids or not ledger.open_holds().nameless:
             return False
+        is_more = len(ledger.holds) > known + self._state.granted_before
+        if ledger.open_holds().nameless <= open_at_most:
+            # An earlier life may have ended some of these, so that one of the open holds is none of them.
+            return is_more and workflow.patched(MORE_SHOWN)
         if not workflow.patched(NAMELESS_RECORDED):
             return False
         # A ledger that lags may show a known hold and not its end yet.
-        return len(ledger.holds) > known + self._state.granted_before or not workflow.patched(NAMELESS_COUNTED)
+        return is_more or not workflow.patched(NAMELESS_COUNTED)
 
     async def _record_nameless(self) -> None:
         own = [hold.amount for hold in self._state.asked if hold.pre_deduct_id and not hold.resolved]
@@ -221,8 +295,14 @@ class ForgottenHolds:
                 return True
             case RefusalKind.HOLD_NOT_FOUND:
                 return False
+        self._has_left = True
         self._record_left(pre_deduct_id, answer.refusal)
         return False
+
+    @staticmethod
+    def _lacks_holds(ledger: TaskLedger | None, known: int) -> bool:
+        """Whether a ledger lags behind the task's holds."""
+        return ledger is not None and ledger.is_complete and len(ledger.holds) < known
 
     def _learn_charged(self, ledger: TaskLedger | None) -> bool:
         """Whether the ledger shows what was charged."""
@@ -234,16 +314,27 @@ class ForgottenHolds:
         self._state.charged = max(self._state.charged, charged)
         return True
 
-    def _record_unknown(self) -> None:
+    def _record_after_end(self, what: str) -> None:
+        self._record.record_exception(
+            "forgotten_after_end",
+            ExceptionCode.UNDO_UNFINISHED,
+            f"Holds from before the task's run was reset were cancelled after its end, and the ledger {what}. The "
+            "task's credits are those of its end: compare them with its ledger.",
+        )
+
+    def _record_unknown(self, what: str = "does not show how every hold ended", *, of: str = "reset") -> None:
+        if self._is_after_end:
+            self._record_after_end(what)
+            return
         # While the task runs it has no price yet. The record that its end writes has one, under a key of its own.
         is_at_end = self._ends.price is not None
         self._record.record_exception(
-            "settlement_unknown" if is_at_end else "settlement_unknown:reset",
+            self._ends.unknown_key if is_at_end and of == "reset" else f"settlement_unknown:{of}",
             ExceptionCode.SETTLEMENT_UNKNOWN,
-            "The task's run was reset, and the ledger does not show how every hold ended. "
+            f"The task's run was reset, and the ledger {what}. "
             + ("Nothing more is charged, and the" if is_at_end else "The")
             + " ledger is read again hourly for a day.",
-            **self._ends.price_details,
+            **self._ends.details,
         )
 
     def _record_left(self, pre_deduct_id: str, refusal: Refusal) -> None:

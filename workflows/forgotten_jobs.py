@@ -11,6 +11,8 @@ from activities.earlier_runs import EarlierRunActivities
 from comfyui_temporal.contracts.calls import JobCall
 from comfyui_temporal.contracts.continuation import JobUpdate
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode
+from comfyui_temporal.contracts.give_back import EarlierJobs
+from comfyui_temporal.contracts.requests import RequestedJob, not_known
 from workflows.attempts import Attempts
 from workflows.job_routes import JobRoutes
 from workflows.outside_call import OutsideCall
@@ -18,6 +20,7 @@ from workflows.row_look import RowLook
 from workflows.step_labels import POLL
 from workflows.task_record import TaskRecord
 
+UNDER_KEYS_SENT: Final = "jobs-of-earlier-lives-cancelled-also-under-keys-sent-again"
 READ_WITHIN: Final = timedelta(minutes=1)
 
 
@@ -33,7 +36,8 @@ class ForgottenJobs:
         self._attempts = attempts
         self._look = look
         self._cancelled: set[str] = set()
-        self._has_learned = False
+        self._has_cancelled_unanswered = False
+        self._earlier: EarlierJobs | None = None
 
     def _own(self) -> set[str]:
         return {job.job_id for job in self._attempts.asked if job.job_id}
@@ -70,17 +74,39 @@ class ForgottenJobs:
         """Cancel those whose answer the earlier life never had: its history holds their requests, no row their ids."""
         if not self._outside.earlier.life.lives or not workflow.patched("unanswered-jobs-of-earlier-lives-cancelled"):
             return
-        if self._has_learned:
+        if self._has_cancelled_unanswered:
             return
-        self._has_learned = True
-        summary = f"{self._outside.labels.cancel_job}: find those of runs before the reset"
-        found = await self._outside.visible(
-            EarlierRunActivities.unanswered_jobs, self._look.order(), summary=summary, attempt_timeout=READ_WITHIN
-        )
+        self._has_cancelled_unanswered = True
+        found = await self._learned()
         for number, sentence in enumerate(found.unread):
             self._record.record_exception(f"earlier_run:{number}", ExceptionCode.UNDO_UNFINISHED, sentence)
-        known = {job.key for job in self._attempts.asked if not job.is_key_taken}
-        await self._attempts.of_earlier_lives([job for job in found.jobs if job.key not in known]).cancel_all(reason)
+        await self._attempts.of_earlier_lives(self._not_known(found.jobs)).cancel_all(reason)
+
+    def _not_known(self, found: list[RequestedJob]) -> list[RequestedJob]:
+        """Of the jobs that earlier lives requested, those that this run's own say nothing of."""
+        own = self._attempts.asked
+        keys_sent = {job.key for job in own if not job.is_key_taken}
+        left, left_of_keys_sent = not_known(found, own), [job for job in found if job.key not in keys_sent]
+        return left if left != left_of_keys_sent and workflow.patched(UNDER_KEYS_SENT) else left_of_keys_sent
+
+    async def charges_sent(self) -> int:
+        """How many charges the earlier lives sent: a ledger that lags does not show them yet."""
+        if not self._outside.earlier.life.lives or not workflow.patched("charges-of-earlier-lives-looked-for"):
+            return 0
+        return (await self._learned()).charges
+
+    async def price(self) -> int | None:
+        """The price in points that the earlier lives requested for delivered work; None where they requested none."""
+        return (await self._learned()).price if self._outside.earlier.life.lives else None
+
+    async def _learned(self) -> EarlierJobs:
+        """What the histories of earlier lives show. They are read once."""
+        if self._earlier is None:
+            summary = f"{self._outside.labels.cancel_job}: find those of runs before the reset"
+            self._earlier = await self._outside.visible(
+                EarlierRunActivities.unanswered_jobs, self._look.order(), summary=summary, attempt_timeout=READ_WITHIN
+            )
+        return self._earlier
 
     async def delivery(self) -> JobUpdate | None:
         """The delivery of any job of the task: the task was charged, so it gets the result."""

@@ -36,7 +36,7 @@ from comfyui_temporal.contracts.tasks import CreditsSummary, TaskInput, TaskStat
 from workflows.alarm import Alarm
 from workflows.attempts import Attempts
 from workflows.credit_hold import CreditHold
-from workflows.failures import TaskFailed
+from workflows.failures import RowEnded, TaskFailed
 from workflows.guards import input_invalid, validated
 from workflows.job_clock import JobClock
 from workflows.job_routes import ROUTES
@@ -126,7 +126,9 @@ class OrphanedTask:
         if orphans.row.lives and workflow.patched(LIVES_KNOWN):
             self._outside.earlier.add(manual.earlier.life)
         self._hold = CreditHold(task, manual, self._record, workflow.now, orphans.hold_state(), look)
-        self._hold.ends.price = orphans.cost
+        self._price = orphans.price_before if orphans.cost is None else orphans.cost
+        self._hold.ends.price = self._price
+        self._hold.ends.charges = max(orphans.charges_before, orphans.charges_sent)
         self._attempts = Attempts(self._routes, self._outside, self._record, clock, self._stop, Alarm(), orphans.jobs)
         self._settlement = Settlement(task, self._outside, self._record, self._hold)
         self._undo = Undo()
@@ -134,7 +136,10 @@ class OrphanedTask:
         self._undo.push("cancel hold", self._hold.give_back)
 
     async def given_back(self) -> GiveBackResult:
-        """Give everything back. A cancellation is recorded and changes nothing: a give-back is an undo."""
+        """Give everything back. A cancellation is recorded and changes nothing: a give-back is an undo.
+
+        Raises RowEnded where another give-back has claimed the row, or ended it.
+        """
         return await self._stop.uninterrupted(self._steps(), self._record.write_facts())
 
     async def _steps(self) -> GiveBackResult:
@@ -214,6 +219,7 @@ class OrphanedTask:
         """
         if workflow.patched(LEDGER_READ_FIRST):
             await self._hold.forgotten.give_back()
+            await self._hold.forgotten.look_for_charges(self._orphans.charges_before)
             await self._finish_requested(has_read=True)
             return
         if self._orphans.charges and not workflow.patched(CHARGED_TO_THE_END):
@@ -224,9 +230,13 @@ class OrphanedTask:
             await self._hold.forgotten.give_back()
 
     async def _finish_requested(self, *, has_read: bool) -> None:
-        orphans = self._orphans
+        orphans, end = self._orphans, self._orphans.own_end
         await self._settlement.finish(
-            orphans.charges, orphans.cost, is_refused=orphans.charge_refused, has_read=has_read
+            orphans.charges,
+            self._price,
+            is_refused=orphans.charge_refused or orphans.price_before is not None,
+            has_read=has_read,
+            was_completed=end is not None and end.status is TaskStatus.COMPLETED,
         )
 
     async def _repeat_charges(self) -> None:
@@ -298,4 +308,7 @@ class GiveBackWorkflow:
             return GiveBackResult(
                 task_id=row.task_id, outcome=outcome_of(row.credits, "nothing_held"), credits=row.credits
             )
-        return await OrphanedTask(orphans, order.reason).given_back()
+        try:
+            return await OrphanedTask(orphans, order.reason).given_back()
+        except RowEnded:  # this run was reset: what it has read may be outdated
+            workflow.continue_as_new(order)

@@ -42,21 +42,38 @@ def validated(argument: Any, model: type[Argument], *, parent_is_ours: bool = Tr
     if isinstance(argument, Doubtful):
         if _is_from_caller(parent_is_ours=parent_is_ours):
             raise input_invalid(argument.reason)
-        argument = argument.as_read
+        reason, argument = argument.reason, argument.as_read
         if argument is None:
             raise NotReadHere(
                 "Another version wrote the state that this run continues from; its workers must take over."
             )
+        if _was_reset():
+            argument.doubt(reason)
     if not isinstance(argument, model):
         raise input_invalid("the argument is not a JSON object")
     return argument
 
 
 def _is_from_caller(*, parent_is_ours: bool) -> bool:
-    """Whether no worker of ours has accepted the argument: no earlier run, no parent, no workflow task so far."""
+    """Whether no worker of ours can have accepted the argument: no earlier run, no parent, no workflow task so far."""
+    is_our_child = workflow.info().parent is not None and parent_is_ours
+    return not (_is_continued() or _was_reset() or is_our_child or workflow.unsafe.is_replaying())
+
+
+def _is_continued() -> bool:
+    """Whether the run continues one that was accepted: in a cron schedule a run also follows one that was refused."""
+    if workflow.info().continued_run_id is None:
+        return False
+    before = workflow.get_last_failure()
+    if not isinstance(before, ApplicationError) or before.type != FailureCode.INPUT_INVALID:
+        return True
+    return bool(before.details)  # an accepted task that failed has a result
+
+
+def _was_reset() -> bool:
+    """Whether the run is a task's first one, reset: nothing of what it was before the reset need be replayed."""
     info = workflow.info()
-    is_our_child = info.parent is not None and parent_is_ours
-    return info.continued_run_id is None and not is_our_child and not workflow.unsafe.is_replaying()
+    return info.continued_run_id is None and info.run_id != info.first_execution_run_id
 
 
 def validated_input(init: Callable[[Self, Task], None]) -> Callable[[Self, Task], None]:
@@ -73,7 +90,7 @@ def validated_input(init: Callable[[Self, Task], None]) -> Callable[[Self, Task]
         task = validated(arguments[0], RunArgument, parent_is_ours=False)  # a task's parent is a caller's workflow
         if workflow.info().workflow_id != workflow_id_of(getattr(task, "task_id", "")):
             raise input_invalid("task_id: the workflow id must be 'task-' followed by it")
-        if getattr(task, "carried", None) is not None and workflow.info().continued_run_id is None:
+        if getattr(task, "carried", None) is not None and not _is_continued():
             raise input_invalid("carried: Extra inputs are not permitted")
         init(self, cast(Task, task))
 

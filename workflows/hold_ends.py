@@ -10,7 +10,7 @@ from typing import Final
 from temporalio import workflow
 
 from comfyui_temporal.contracts.requests import HoldState
-from comfyui_temporal.contracts.task_store import PRICE
+from comfyui_temporal.contracts.task_store import CHARGES, PRICE
 from comfyui_temporal.contracts.tasks import SettlementState
 from workflows.task_ledger import HoldFate
 
@@ -24,6 +24,8 @@ class HoldEnds:
         self._state = state
         self.price: int | None = None
         """The whole price of delivered work, in points, for records of what is unknown; None until it is charged."""
+        self.charges = 0
+        """How many charges were sent and not refused, of those of which it is not known whether they took effect."""
         if state.granted is None:  # a first run, or one that release 0.1.0 began
             state.granted = state.granted_before + sum(hold.pre_deduct_id is not None for hold in state.asked)
             state.given_back = state.granted_before + sum(hold.resolved for hold in state.asked)
@@ -47,9 +49,15 @@ class HoldEnds:
         self._state.is_unknown = True
 
     @property
-    def price_details(self) -> dict[str, int]:
-        """For a record `settlement_unknown`: whoever settles the task later learns its price there."""
-        return {} if self.price is None else {PRICE: self.price}
+    def details(self) -> dict[str, int]:
+        """For a record `settlement_unknown`: whoever settles the task later learns there what to look for."""
+        price = {} if self.price is None else {PRICE: self.price}
+        return price | ({CHARGES: self.charges} if self.charges else {})
+
+    @property
+    def unknown_key(self) -> str:
+        """Of that record. A later life that has sent more charges makes another one: of one key the first is kept."""
+        return f"settlement_unknown:{self.charges}" if self.charges else "settlement_unknown"
 
     def find_out_again(self) -> None:
         """What was unknown until now is looked up again: only what stays so counts."""

@@ -57,6 +57,7 @@ class ImageGenerationWorkflow(TaskFlow[ImageRun, ImageResult]):
         loras = lora_files(self.task, self.models)
         table = self.price.table()
         await self.price.check_balance(n=self.attempts.number + 1)  # row 1: price check
+        await self.attempts.covered()  # row 1: the hold of an attempt before
         job = await self.submit(loras)  # row 1
         cost = await self.price.agree(job, table, n=self.attempts.number)  # row 2
         await self.hold.cover(cost)  # row 3

@@ -28,6 +28,7 @@ from workflows.tick_watch import TickWatch
 
 LOST_AFTER: Final = timedelta(seconds=10)
 KNOWN_AGAIN: Final = "a-job-that-is-known-again-is-not-half-lost"
+UNKNOWN_TWICE: Final = ErrorDetails(code=FailureCode.LOST, message="ComfyUI no longer knows the job.", retryable=True)
 MAX_BEGUN: Final = 4
 """The current job, one whose id is not known yet, and strangers."""
 
@@ -59,6 +60,8 @@ class JobWatch:
         self._ticks = TickWatch(task_id, outside, state)
         self._poll: ActivityHandle[Answer[State]] | None = None
         self._read_bytes = 0
+        self._is_loss_open = False
+        """Whether a look into the store decides if the job is lost: ComfyUI has answered 404 twice."""
 
     def carry(self) -> WatchState:
         return self.state
@@ -202,8 +205,13 @@ class JobWatch:
     def _take_ticks(self) -> None:
         """Take over the figures of ticks: they are published already."""
         heard = self._ticks.taken()
-        if heard is None:
-            return
+        is_loss_open, self._is_loss_open = self._is_loss_open, False
+        if heard is not None:
+            self._apply_heard(heard)
+        if is_loss_open and self.state.unknown_since is not None:
+            self._lose(UNKNOWN_TWICE)
+
+    def _apply_heard(self, heard: JobUpdate) -> None:
         self.state.newest = heard
         self.state.silence_seconds = 0.0
         self.state.unreadable_since, self.state.unreadable = None, ""
@@ -269,6 +277,7 @@ class JobWatch:
     def stop_polling(self) -> None:
         """A poll or a look changes nothing and may be dropped at any time."""
         self._ticks.stop()
+        self._is_loss_open = False
         if self._poll is not None:
             self._poll.cancel()
             self._poll = None
@@ -320,7 +329,9 @@ class JobWatch:
         if self.state.unknown_since is None:
             self.state.unknown_since = now
         elif now >= self.state.unknown_since + LOST_AFTER:
-            self._lose(ErrorDetails(code=FailureCode.LOST, message="ComfyUI no longer knows the job.", retryable=True))
+            self._is_loss_open = self._ticks.looks_at_loss()
+            if not self._is_loss_open:
+                self._lose(UNKNOWN_TWICE)
 
     def _lose(self, details: ErrorDetails) -> None:
         assert self.state.current is not None

@@ -6,7 +6,7 @@ An entry is proof, a missing entry is not: a ledger may lag. So what is missing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import Enum
 from typing import Final, TypeVar
 
@@ -35,6 +35,14 @@ BY_SIZE: Final = "commit-of-another-hold-by-its-size"
 ALL_ENDED: Final = "no-doubled-hold-where-all-have-ended"
 BY_COMMITS: Final = "fate-by-commits-without-charges"
 NONE_TAKEN: Final = "charge-absent-from-a-ledger-without-any-hold"
+LAST_LOOK: Final = "ledger-looked-at-once-more-where-a-look-outlasts-the-search"
+SURELY_ABSENT: Final = "charge-absent-only-where-the-last-look-would-show-it"
+FROM_FIRST: Final = "ledger-searched-from-its-first-answer-on"
+OWN_SHOWN: Final = "doubled-hold-looked-for-until-the-own-ones-are-shown"
+DOUBLED_COUNTED: Final = "end-of-a-doubled-hold-not-taken-for-the-own-ones"
+CUT_SEARCHED: Final = "doubled-hold-looked-for-in-a-cut-ledger-as-long"
+BESIDE_DOUBLED: Final = "ends-counted-beside-a-doubled-hold-at-the-last-look"
+CUT_BEFORE: Final = "ends-absent-from-a-ledger-that-is-cut-before-the-holds"
 
 
 class Shown(Enum):
@@ -44,7 +52,7 @@ class Shown(Enum):
     KEEPS_KEYS = "keeps_keys"
     """Nothing yet, but entries have kinds: such a service keeps keys, so the call may be repeated."""
     ABSENT = "absent"
-    """Nothing for 10 minutes, in a ledger whose every entry was read and understood."""
+    """Nothing for 10 minutes, up to the last look, in a ledger that was understood and hides nothing as new as it."""
     UNKNOWN = "unknown"
 
 
@@ -57,9 +65,14 @@ class LedgerSearch:
         self._look = look
         self.newest: TaskLedger | None = None
         """The last reading."""
+        self._is_shown = False
+        """Whether the last look was answered with it."""
 
-    async def fate_of(self, hold: RequestedHold) -> Found:
-        """How a hold ended whose commit or cancel was refused."""
+    async def fate_of(self, hold: RequestedHold, *, commit_sent: bool = False) -> Found:
+        """How a hold ended whose commit or cancel was refused.
+
+        `commit_sent`: it may have acted, so the end of a doubled hold must not be taken for this one's.
+        """
         if not workflow.patched(BY_KIND_OR_REASON):
             return await self._fate_by_total(hold)
 
@@ -69,9 +82,27 @@ class LedgerSearch:
             before = ledger.fate(hold, given_back=given_back, committed=committed, by_size=False)
             if found != before and not workflow.patched(BY_SIZE):
                 return None
+            if commit_sent and self._may_be_a_doubled_ones(found, ledger, hold) and workflow.patched(DOUBLED_COUNTED):
+                return None
             return self._known(found)
 
-        return await self._search(seen, LOOK_FOR) or Found(HoldFate.UNKNOWN)
+        return await self._search(seen, LOOK_FOR) or self._given_back_by_last_look(hold)
+
+    def _may_be_a_doubled_ones(self, found: Found, ledger: TaskLedger, hold: RequestedHold) -> bool:
+        """Whether a give-back is also that of a hold which no run knows, and a commit may still be hidden."""
+        if found.fate is not HoldFate.GIVEN_BACK or len(ledger.holds) <= (self._holds.granted or 0):
+            return False
+        given_back, committed = self._ends(hold, shown=len(ledger.holds))
+        return ledger.fate(hold, given_back=given_back, committed=committed).fate is HoldFate.UNKNOWN
+
+    def _given_back_by_last_look(self, hold: RequestedHold) -> Found:
+        """A give-back that may be a doubled hold's, once a commit would have been shown."""
+        last = self.newest if self._is_shown else None
+        if last is None or not self._shows_ends(last) or last.unknown:
+            return Found(HoldFate.UNKNOWN)
+        given_back, committed = self._ends(hold)
+        found = last.fate(hold, given_back=given_back, committed=committed)
+        return found if self._may_be_a_doubled_ones(found, last, hold) else Found(HoldFate.UNKNOWN)
 
     async def read(self) -> TaskLedger | None:
         """The ledger as it is now. None where the service refuses to show it."""
@@ -80,7 +111,8 @@ class LedgerSearch:
     async def once_all_ended(self, *, but: int, known: int) -> TaskLedger | None:
         """The ledger once it shows a charge, or the end of all but `but` of at least `known` holds.
 
-        None where it shows neither within 10 minutes.
+        None where it shows neither within 10 minutes. A ledger without ids may show more holds than `known`: then as
+        many ends are enough at the last look. Before it one may be a doubled hold's, while a commit is still hidden.
         """
 
         def seen(ledger: TaskLedger) -> TaskLedger | None:
@@ -88,13 +120,28 @@ class LedgerSearch:
             has_all = len(ledger.holds) >= known and len(stands.named) + stands.nameless <= but
             return ledger if ledger.charged() or (has_all and ledger.charged() is not None) else None
 
-        return await self._search(seen, LOOK_FOR)
+        found = await self._search(seen, LOOK_FOR)
+        if found is None and self._shows_ends_beside_doubled(but=but, known=known):
+            return self.newest
+        return found
+
+    def _shows_ends_beside_doubled(self, *, but: int, known: int) -> bool:
+        """Whether the last look shows the ends of all but `but` known holds, beside a hold that no run knows."""
+        last = self.newest if self._is_shown else None
+        if last is None or last.tells_ids or not last.is_complete or last.commits or last.charged() is None:
+            return False
+        is_more = len(last.holds) > known
+        return is_more and len(last.returns) >= known - but and workflow.patched(BESIDE_DOUBLED)
+
+    async def once_shown(self, known: int) -> TaskLedger | None:
+        """The ledger once it shows `known` holds, and so what came before the last of them; None after 10 minutes."""
+        return await self._search(lambda ledger: ledger if len(ledger.holds) >= known else None, LOOK_FOR)
 
     async def fate_by_all(self, hold: RequestedHold, *, known: int, but: int) -> Found:
         """How a hold ended that has surely ended, where an earlier life may have ended other holds of the task.
 
         By its id. In a ledger without ids: by the sum over the task's holds, at least `known`, once all but `but` have
-        ended. Charges without a hold are no part of it.
+        ended, as `once_all_ended`. Charges without a hold are no part of it.
         """
 
         def seen(ledger: TaskLedger) -> Found | None:
@@ -109,16 +156,19 @@ class LedgerSearch:
             has_all = len(ledger.holds) >= known and stands.nameless <= but
             return Found(HoldFate.GIVEN_BACK) if has_all and charged == 0 else None
 
-        return await self._search(seen, LOOK_FOR) or Found(HoldFate.UNKNOWN)
+        found = await self._search(seen, LOOK_FOR)
+        if found is None and self._shows_ends_beside_doubled(but=but, known=known):
+            return Found(HoldFate.GIVEN_BACK)
+        return found or Found(HoldFate.UNKNOWN)
 
-    def _ends(self, hold: RequestedHold) -> tuple[int, int]:
+    def _ends(self, hold: RequestedHold, *, shown: int = 0) -> tuple[int, int]:
         """How many other holds were given back, or may have been, and how many were committed.
 
-        The end of one that is being given back may be shown at any time.
+        The end of one that is being given back may be shown at any time. `shown`: how many holds the ledger shows.
         """
         others = [each for each in self._holds.asked if each is not hold and each.pre_deduct_id]
         stand = sum(not each.resolved and each.leaving is None for each in others)
-        may_have_ended = (self._holds.granted or 0) - 1 - stand - self._holds.committed
+        may_have_ended = max(self._holds.granted or 0, shown) - 1 - stand - self._holds.committed
         given_back = max(self._holds.given_back or 0, may_have_ended)
         return given_back, self._holds.committed
 
@@ -144,10 +194,21 @@ class LedgerSearch:
         if shown is not None:
             return shown
         last = self.newest
-        is_whole = last is not None and last.is_complete and not last.unknown and self._shows_holds(last)
+        is_whole = last is not None and self._shows_ends(last) and not last.unknown and self._shows_holds(last)
         if last is not None and len(last.commits) < self._holds.committed:
             is_whole = False  # it lacks entries from before the charge, so it may lack the charge as well
+        lacks_parts = last is not None and len(last.charges) < n - 1
+        if is_whole and (lacks_parts or not self._is_shown) and workflow.patched(SURELY_ABSENT):
+            is_whole = False
         return Shown.ABSENT if is_whole else Shown.UNKNOWN
+
+    def _shows_ends(self, ledger: TaskLedger) -> bool:
+        """Whether a commit or charge can be missing by a lag only. A cut loses what is older, and they are newer than
+        the task's holds; those of an earlier life may be older than the holds that are shown.
+        """
+        if ledger.is_complete:
+            return True
+        return bool(ledger.holds) and not self._outside.earlier.is_possible and workflow.patched(CUT_BEFORE)
 
     def _shows_holds(self, ledger: TaskLedger) -> bool:
         """Whether a ledger shows a hold of the task, or need not: no life of the task has taken any."""
@@ -168,18 +229,51 @@ class LedgerSearch:
         known = [hold.pre_deduct_id for hold in self._holds.asked if hold.pre_deduct_id]
         granted = self._holds.granted or len(known)
 
-        def seen(ledger: TaskLedger) -> TaskLedger | None:
-            doubled = ledger.doubled(known, granted=granted)
+        def is_late(ledger: TaskLedger) -> bool:
+            """Whether it does not show all of our own holds and ends yet."""
             is_more = not ledger.tells_ids and len(ledger.holds) > granted
-            # It does not show the ends of our own holds yet.
-            is_late = is_more and (ledger.open_holds().nameless > 0 or not workflow.patched(ALL_ENDED))
-            return None if is_late and not doubled.nameless else ledger
+            lacks_ends = is_more and (ledger.open_holds().nameless > 0 or not workflow.patched(ALL_ENDED))
+            if lacks_ends and not ledger.doubled(known, granted=granted).nameless:
+                return True
+            return self._lacks_own(ledger, granted) and workflow.patched(OWN_SHOWN)
+
+        def seen(ledger: TaskLedger) -> TaskLedger | None:
+            if is_late(ledger):
+                return None
+            return None if self._may_lack_more(ledger, granted) and workflow.patched(OWN_SHOWN) else ledger
 
         ledger = await self._search(seen, DOUBLED_FOR)
+        if ledger is None and self._is_shown and self.newest is not None and not is_late(self.newest):
+            ledger = self.newest
         if ledger is None:
             return None
         doubled = ledger.doubled(known, granted=granted)
         return doubled if doubled.named or doubled.nameless or ledger.shows_every_hold else None
+
+    def _lacks_own(self, ledger: TaskLedger, granted: int) -> bool:
+        """Whether a ledger does not show every hold and end that this run knows of, and may show them later."""
+        if not self._may_show_later(ledger):
+            return False
+        return len(ledger.holds) < granted or len(ledger.returns) + len(ledger.commits) < self._known_ends
+
+    def _may_lack_more(self, ledger: TaskLedger, granted: int) -> bool:
+        """Whether nothing in it is later than every request: an own end is, where that of each own hold is known."""
+        if not self._may_show_later(ledger):
+            return False
+        if granted == 0:
+            return not ledger.holds
+        return self._known_ends < granted or self._outside.earlier.is_possible
+
+    @staticmethod
+    def _may_show_later(ledger: TaskLedger) -> bool:
+        """Whether a doubled hold is worth a wait: no service that keeps keys takes one. A cut ledger may lag too."""
+        keeps_keys = ledger.has_kinds or ledger.tells_ids
+        return not keeps_keys and (ledger.is_complete or workflow.patched(CUT_SEARCHED))
+
+    @property
+    def _known_ends(self) -> int:
+        """How many of this run's holds are known to have been given back or committed."""
+        return (self._holds.given_back or 0) + self._holds.committed
 
     async def nameless_beside(self, own: list[int]) -> OpenHolds:
         """Open holds that a ledger without ids still shows after a minute beside our `own`, given in points."""
@@ -195,12 +289,23 @@ class LedgerSearch:
 
     async def _search(self, decided: Callable[[TaskLedger], T | None], span: timedelta) -> T | None:
         """Read the ledger until `decided` returns something. None where it does not within `span`."""
-        until, wait = workflow.now() + span, LOOK_AGAIN_AFTER
+        begun, wait = workflow.now(), LOOK_AGAIN_AFTER
+        until, answered_at = begun + span, None
         while True:
-            ledger = await self._read_within(None if span is LOOK_FOR else until - workflow.now())
+            looked_at = workflow.now()
+            ledger = await self._read_within(None if span is LOOK_FOR else until - looked_at)
             found = decided(ledger) if ledger is not None else None
-            if found is not None or workflow.now() >= until:
+            if found is not None:
                 return found
+            if ledger is not None and answered_at is None:
+                answered_at = workflow.now()
+            if workflow.now() >= until and span is LOOK_FOR:
+                until = _from_first_answer(until, begun, answered_at)
+            if workflow.now() >= until:
+                # A run that was paused meanwhile, or had no worker, has seen a ledger of before.
+                if ledger is not None and looked_at < until and workflow.patched(LAST_LOOK):
+                    continue
+                return None
             await workflow.sleep(
                 min(wait, until - workflow.now()), summary=wait_in(self._outside.labels.ledger, "look again")
             )
@@ -222,6 +327,7 @@ class LedgerSearch:
                 reply = (await handle).reply
             except FailureError:
                 reply = None
+        self._is_shown = reply is not None
         if reply is None:
             return None
         self.newest = TaskLedger.of(reply)
@@ -251,6 +357,14 @@ class LedgerSearch:
             CreditsActivities.ledger, self._query(), summary=self._outside.labels.ledger
         )
         return answer.reply.entries if answer is not None and answer.reply is not None else []
+
+
+def _from_first_answer(until: datetime, begun: datetime, answered_at: datetime | None) -> datetime:
+    """When a search is over that would be over `until`: an outage before its first answer is no part of it."""
+    if answered_at is None or answered_at - begun <= LOOK_AGAIN_AFTER:
+        return until
+    later = answered_at + LOOK_FOR
+    return later if workflow.now() < later and workflow.patched(FROM_FIRST) else until
 
 
 def _by_kind(entries: list[LedgerEntry], hold: RequestedHold) -> Found:

@@ -11,7 +11,7 @@ from temporalio.exceptions import FailureError
 from activities.task_store import TaskStoreActivities
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.lives import EarlierLife
-from comfyui_temporal.contracts.requests import not_left_out
+from comfyui_temporal.contracts.requests import not_left_out, older_than_kept
 from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from comfyui_temporal.contracts.task_store import LookOrder, RowSeen, TaskRow
 from workflows.failures import TaskFailed
@@ -113,6 +113,10 @@ class RowLook:
         if len(forgotten) > MAX_KEPT_HOLDS and workflow.patched(NEWEST_FORGOTTEN):
             return forgotten[-MAX_KEPT_HOLDS:]
         return forgotten
+
+    def older_holds(self, known: set[str], *, left_out: int) -> list[str]:
+        """The newest of those that are older than what this run keeps, and that it has not counted; oldest first."""
+        return [] if self.row is None else older_than_kept(self.row.hold_ids, known, left_out)[-MAX_KEPT_HOLDS:]
 
 
 class RowRead(RowLook):

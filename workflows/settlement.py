@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
 from temporalio import workflow
@@ -24,8 +25,13 @@ from workflows.task_record import TaskRecord
 MOST_COMMITS: Final = 20
 COMMIT_LOOKED_UP: Final = "commit-of-another-amount-looked-up"
 SHORT_AFTER_RESET: Final = "shortfall-beside-a-commit-of-an-earlier-life"
+CHARGED_BESIDE: Final = "charges-beside-a-commit-of-an-earlier-life-looked-for"
+SENT_BEFORE: Final = "charges-of-earlier-lives-counted-in-what-is-unknown"
 NEVER_HELD: Final = "charged-without-a-hold-where-the-price-rose-from-0"
 COUNTED_ONCE: Final = "charges-of-earlier-lives-counted-once"
+GIVEN_BACK_BEFORE: Final = "charge-of-another-give-back-looked-for"
+SHORT_OF_ALL: Final = "shortfall-of-a-completed-task-that-was-charged-nothing"
+AFTER_SHOWN: Final = "left-charges-numbered-after-those-of-earlier-lives"
 
 
 class Paid(NamedTuple):
@@ -38,11 +44,20 @@ class Paid(NamedTuple):
 class Settlement:
     """Commits the open hold and decides what a refusal means."""
 
-    def __init__(self, task: TaskInput, outside: OutsideCall, record: TaskRecord, hold: CreditHold) -> None:
+    def __init__(
+        self,
+        task: TaskInput,
+        outside: OutsideCall,
+        record: TaskRecord,
+        hold: CreditHold,
+        charges_sent: Callable[[], Awaitable[int]] | None = None,
+    ) -> None:
+        """`charges_sent`: how many charges the histories of earlier lives show; a give-back looks for these itself."""
         self._task = task
         self._outside = outside
         self._record = record
         self._hold = hold
+        self._charges_sent = charges_sent
         self.charges = Charges(task, outside, hold.ledger)
 
     async def charge(self, cost: int) -> None:
@@ -67,9 +82,14 @@ class Settlement:
         self._outside.earlier.raise_if_ended()  # the give-back has read the row
         self.charges.taken_before()
         if forgotten.is_unknown:
-            self._record_unknown(self._hold.standing, cost, ChargeUnknown("The task's run was reset."))
+            await self._record_unknown(self._hold.standing, cost, ChargeUnknown("The task's run was reset."))
         elif forgotten.was_committed and cost > self._hold.state.charged and workflow.patched(SHORT_AFTER_RESET):
-            self.record_shortfall(cost - self._hold.state.charged)
+            is_known = True
+            if self._charges_sent is not None and workflow.patched(CHARGED_BESIDE):
+                is_known = await forgotten.look_for_charges(await self._charges_sent())  # of what the hold lacked
+            missing = cost - self._hold.state.charged
+            if is_known and missing > 0:
+                self.record_shortfall(missing)
         return self._hold.state.charged if forgotten.was_committed or forgotten.is_unknown else cost
 
     async def _charge(self, cost: int) -> None:
@@ -93,7 +113,7 @@ class Settlement:
             charged, balance_after = await self._commit(standing, min(cost, standing.usable))
         except ChargeUnknown as unknown:
             charged, is_unknown = unknown.charged, True
-            self._record_unknown(standing, cost, unknown)
+            await self._record_unknown(standing, cost, unknown)
         standing.resolved = True
         self._hold.add_charged(charged)
         await self._hold.give_back("another hold was committed")
@@ -120,18 +140,26 @@ class Settlement:
             more = await self.charges.take(missing)
         except ChargeUnknown as unknown:
             self._hold.add_charged(unknown.charged)
-            self._record_unknown(hold, missing, unknown)
+            await self._record_unknown(hold, missing, unknown)
             return 0, None
         self._hold.add_charged(more.points)
         return missing - more.points, more.balance_after if more.points else balance_after
 
     async def finish(
-        self, requested: list[Post[ChargeRequest]], cost: int | None, *, is_refused: bool, has_read: bool
+        self,
+        requested: list[Post[ChargeRequest]],
+        cost: int | None,
+        *,
+        is_refused: bool,
+        has_read: bool,
+        was_completed: bool,
     ) -> None:
         """Finish what a run had begun to charge when it ended. What cannot be charged is recorded.
 
         `cost`: the whole price in points; None where that is not known. `is_refused`: the last request was, so nothing
         more is charged. `has_read`: `state.charged` is what the ledger shows of the whole task, earlier lives included.
+        `was_completed`: the run had handed its results out.
+        Raises RowEnded where another give-back has claimed the row, or ended it.
         """
         state = self._hold.state
         sent = requested[:-1] if is_refused else requested
@@ -140,17 +168,22 @@ class Settlement:
         try:
             learned = await self.charges.learn(sent, by_key=has_read)
             self._hold.add_charged(learned.points)
+            # An earlier life may have charged more parts than the run that ended had requested.
+            if has_read and sent and self.charges.are_more_shown and workflow.patched(AFTER_SHOWN):
+                self._hold.add_charged(self._not_yet_counted())
             missing = max(0, (cost or 0) - state.charged)
             has_begun = bool(requested) or (has_read and not state.is_unknown and self.charges.taken_before() > 0)
             if has_begun and missing and not (is_refused or learned.is_refused):
+                self.charges.may_be_sent = workflow.patched(GIVEN_BACK_BEFORE)
                 more = await self.charges.take(missing)
                 self._hold.add_charged(more.points)
                 missing -= more.points
         except ChargeUnknown as unknown:
             self._hold.add_charged(unknown.charged)
-            self._record_unknown(None, cost or 0, unknown)
+            await self._record_unknown(None, cost or 0, unknown)
             return
-        if missing and state.charged and not state.is_unknown:
+        is_short = missing > 0 and not state.is_unknown
+        if is_short and (state.charged or (was_completed and workflow.patched(SHORT_OF_ALL))):
             self.record_shortfall(missing)
 
     async def _commit(self, hold: RequestedHold, cost: int) -> Paid:
@@ -173,7 +206,7 @@ class Settlement:
 
     async def _by_ledger(self, hold: RequestedHold, cost: int, refusal: Refusal | None, said: str = "") -> Paid:
         """Already resolved, not found, any other definite refusal, or another amount: the ledger decides."""
-        found = await self._hold.fate_of(hold)
+        found = await self._hold.fate_of(hold, commit_sent=True)
         if found.fate is HoldFate.COMMITTED:
             self._hold.ends.count(HoldFate.COMMITTED)
             return Paid(found.committed)
@@ -217,16 +250,20 @@ class Settlement:
 
     # Events and exception records
 
-    def _record_unknown(self, hold: RequestedHold | None, cost: int, unknown: ChargeUnknown) -> None:
+    async def _record_unknown(self, hold: RequestedHold | None, cost: int, unknown: ChargeUnknown) -> None:
         self._hold.ends.mark_unknown()
+        sent = self.charges.sent
+        if self._outside.earlier.is_possible and self._charges_sent is not None and workflow.patched(SENT_BEFORE):
+            sent = max(sent, await self._charges_sent())
+        self._hold.ends.charges = max(self._hold.ends.charges, sent)
         self._record.record_exception(
-            "settlement_unknown",
+            self._hold.ends.unknown_key,
             ExceptionCode.SETTLEMENT_UNKNOWN,
             f"Whether {cost} points were charged could not be found out; nothing more is charged, and the ledger is "
             f"read again hourly for a day. {unknown}",
             pre_deduct_id=hold.pre_deduct_id if hold else None,
             cost=cost,
-            **self._hold.ends.price_details,
+            **self._hold.ends.details,
         )
 
     def record_shortfall(self, points: int) -> None:
@@ -237,6 +274,12 @@ class Settlement:
             SHORTFALL_TEXT.format(points=points),
             shortfall=points,
         )
+
+    def record_rest(self, price: int) -> None:
+        """Record what earlier lives of the task did not charge of the price that they requested."""
+        state = self._hold.state
+        if price > state.charged and not state.is_unknown:
+            self.record_shortfall(price - state.charged)
 
     def settled(self, balance_after: int | None) -> None:
         """Publish what was charged and returned, or that this is unknown."""

@@ -99,6 +99,7 @@ class TaskFlow(Generic[Run, Result]):
             self.record.answers.held()  # no run continues as new before that
 
     def _ending_of(self, task: Run, routes: JobRoutes) -> TaskEnding:
+        forgotten_jobs = ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look)
         return TaskEnding(
             self.outside,
             self.record,
@@ -106,9 +107,9 @@ class TaskFlow(Generic[Run, Result]):
             self.watch,
             self.hold,
             self.attempts,
-            ForgottenJobs(routes, self.outside, self.record, self.attempts, self.row_look),
+            forgotten_jobs,
             self.row_look,
-            Settlement(task, self.outside, self.record, self.hold),
+            Settlement(task, self.outside, self.record, self.hold, forgotten_jobs.charges_sent),
             self.undo,
             self.clean_up,
         )
@@ -148,7 +149,7 @@ class TaskFlow(Generic[Run, Result]):
         self.record.set_claim(resolution)
         if not self.limits.is_known:
             try:
-                claimed = await self.record.claim()
+                claimed = await self.record.claim(self.task.in_doubt)
             except (TaskFailed, ApplicationError) as error:
                 self.stop.close()
                 await workflow.wait_condition(workflow.all_handlers_finished)

@@ -35,7 +35,7 @@ from comfyui_temporal.contracts.size_budget import MAX_KEPT_HOLDS
 from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskInput
 from workflows.doubled_holds import DoubledHolds
-from workflows.earlier_life import is_key_of_earlier_life, was_stopped
+from workflows.earlier_life import are_not_of_earlier_life, is_key_of_earlier_life, was_stopped
 from workflows.forgotten_holds import ForgottenHolds
 from workflows.hold_ends import HoldEnds
 from workflows.ledger_search import LedgerSearch
@@ -52,6 +52,14 @@ STOPPED_MAY_BE_HELD: Final = "stopped-renewal-may-be-held"
 CONFLICT_LOOKED_UP: Final = "cancel-under-a-taken-key-looked-up"
 ALL_LIVES_COUNTED: Final = "holds-of-all-lives-counted-in-an-end"
 UNKNOWN_HOLD_PUBLISHED: Final = "unknown-hold-told-as-given-back"
+ENDS_SEEN_PUBLISHED: Final = "hold-given-back-once-the-last-reading-shows-it"
+
+ALWAYS_KNOWN: Final = Refusal(
+    code=FailureCode.TASK_CONFLICT,
+    message="hold_known",
+    http_status=0,
+    sentence="The credits service answers each request for a hold with one from before the task's run was reset.",
+)
 
 Back = Callable[[Callable[[], bool]], Awaitable[None]]
 """Waits until a hold is given back, interruptible as its caller needs."""
@@ -66,7 +74,11 @@ class HoldRefused(Exception):
 
 
 class HoldForgotten(Exception):
-    """An earlier life of the task has used this hold's key."""
+    """An earlier life of the task has used this hold's key. `refusal`: where each further key would be used too."""
+
+    def __init__(self, refusal: Refusal | None) -> None:
+        self.refusal = refusal or ALWAYS_KNOWN
+        super().__init__()
 
 
 class TaskHolds:
@@ -162,14 +174,18 @@ class TaskHolds:
         `first` is requested before any new one. `back` waits until a hold whose answer came too late is given back: the
         balance may be too short for both.
         """
+        taken = 0
         while True:
             may_begin()
             hold, first = first or self._new_hold(amount), None
             try:
                 reply = await request(hold)
-            except HoldForgotten:
+            except HoldForgotten as forgotten:
                 self._forgetting = asyncio.create_task(self._give_back_forgotten(hold))
                 await back(self._forgetting.done)
+                taken += 1
+                if are_not_of_earlier_life(taken, known=self.forgotten.known):
+                    raise HoldRefused(forgotten.refusal) from forgotten
                 continue
             if self._life_of(hold) >= LAST_SECONDS:
                 self._publish_held(hold, reply.balance_after)
@@ -210,7 +226,7 @@ class TaskHolds:
         if is_key_of_earlier_life(answer, self._outside.earlier) or (
             answer.earlier_life is not None and answer.earlier_life.is_known
         ):
-            raise HoldForgotten()
+            raise HoldForgotten(answer.refusal)
         self.state.answered(hold, answer)
         if answer.reply is None:
             is_open = hold.outcome is RequestOutcome.UNKNOWN
@@ -359,7 +375,7 @@ class TaskHolds:
             pre_deduct_id=hold.pre_deduct_id,
         )
 
-    async def fate_of(self, hold: RequestedHold) -> Found:
+    async def fate_of(self, hold: RequestedHold, *, commit_sent: bool = False) -> Found:
         """How a hold ended whose commit or cancel was refused."""
         if self._outside.earlier.is_possible:
             if not self.forgotten.is_done:  # while they are open the ledger cannot show which end is this hold's
@@ -370,7 +386,7 @@ class TaskHolds:
                 known = self.forgotten.known
             others = self.forgotten.own_standing() - (not hold.resolved)
             return await self.ledger.fate_by_all(hold, known=known, but=others)
-        return await self.ledger.fate_of(hold)
+        return await self.ledger.fate_of(hold, commit_sent=commit_sent)
 
     def count_committed(self, points: int) -> None:
         """Count the points of a hold that turned out to be committed, unless the ledger was read for the whole task."""
@@ -419,6 +435,14 @@ class TaskHolds:
             message=f"{hold.amount} points were given back.",
         )
 
+    def publish_ends_seen(self) -> None:
+        """Publish as given back what was in doubt until a last reading showed that nothing was charged."""
+        doubtful = [hold for hold in self.state.granted_holds() if hold.is_doubtful]
+        is_known = not self.ends.are_unknown and not self.state.charged
+        if doubtful and is_known and workflow.patched(ENDS_SEEN_PUBLISHED):
+            for hold in doubtful:
+                self._publish_given_back(hold, None)
+
     def _record_end_unknown(self, hold: RequestedHold, refusal: Refusal) -> None:
         self.ends.mark_unknown()
         self._record.record_exception(
@@ -427,7 +451,7 @@ class TaskHolds:
             f"Whether hold {hold.pre_deduct_id} was charged or given back could not be found out; the ledger is read "
             f"again hourly for a day. {refusal.sentence}",
             pre_deduct_id=hold.pre_deduct_id,
-            **self.ends.price_details,
+            **self.ends.details,
         )
 
 

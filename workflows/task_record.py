@@ -38,11 +38,13 @@ from comfyui_temporal.contracts.ticks import report_taken
 from workflows.backlog import Backlog
 from workflows.details import current_details
 from workflows.failures import TaskFailed
+from workflows.guards import input_invalid
 from workflows.outside_call import OutsideCall
 from workflows.start_answer import StartAnswers
 from workflows.step_labels import ACCEPT, wait_in
 
 PROGRESS_EVERY: Final = timedelta(seconds=1)
+ESTIMATE_PUBLISHED: Final = "new-estimate-published-by-itself"
 _STATUS: Final = SearchAttributeKey.for_keyword("TaskStatus")
 _STAGE: Final = SearchAttributeKey.for_keyword("TaskStage")
 
@@ -59,6 +61,8 @@ class TaskRecord:
         self._own = state
         self._backlog = Backlog(state)
         self._decided_at = 0
+        self._is_estimate_new = False
+        """Whether the job's estimated time or GPU slots have changed since the last event of its progress."""
         self._waits: tuple[str, datetime | None] = ("", None)
         self._claim: TaskClaim | None = None
         self.answers = StartAnswers(lambda: self.state)
@@ -72,23 +76,28 @@ class TaskRecord:
 
     # Row 0: the claim
 
-    async def claim(self) -> ClaimOutcome:
+    async def claim(self, in_doubt: str | None = None) -> ClaimOutcome:
         """Claim the task's id for this run; the store writes the first event with it.
 
-        The answer has the task's policy, and the tenant's models that the task uses.
+        The answer has the task's policy, and the tenant's models that the task uses. `in_doubt`: why the input is
+        refused, unless a worker accepted it before the run was reset.
 
         Raises TaskFailed `task_exists` where another run holds the id, `quota_exceeded` where one of the tenant's
-        limits is used up. Nothing was called then, and nothing is undone.
+        limits is used up; ApplicationError `input_invalid` where no worker accepted an input that is in doubt. Nothing
+        was called then, and nothing is undone.
         """
         claim = self._claim
         assert claim is not None
         model_ids = list(self._task.models.values())
-        first = claim.model_copy(update={"input": input_document(self._task), "model_ids": model_ids})
+        once = {"input": input_document(self._task), "model_ids": model_ids, "only_if_known": in_doubt is not None}
+        first = claim.model_copy(update=once)
         outcome = await self._outside.write_store(TaskStoreActivities.claim, first, summary=ACCEPT)
         if outcome.earlier_life is not None:
             self._outside.earlier.add(outcome.earlier_life)
         if outcome.refused is not None:
             raise self._claim_refused(FailureCode.QUOTA_EXCEEDED, outcome.refused)
+        if not outcome.claimed and in_doubt is not None:
+            raise input_invalid(in_doubt)
         if not outcome.claimed:
             raise self._claim_refused(
                 FailureCode.TASK_EXISTS,
@@ -211,6 +220,7 @@ class TaskRecord:
         state = self.state
         self._own.last_news_at = workflow.now()
         state.taken = report_taken(update)
+        estimate = (state.estimated_time, state.gpu_slots)
         stage_changed = update.stage != state.stage or attempt_changed
         reached = update.progress if update.progress is not None else (0.0 if stage_changed else state.progress)
         state.progress = reached if stage_changed else max(state.progress, reached)
@@ -220,6 +230,7 @@ class TaskRecord:
         state.queue_position = update.queue_position
         state.estimated_time = update.estimated_time or state.estimated_time
         state.gpu_slots = update.gpu_slots if update.gpu_slots is not None else state.gpu_slots
+        self._is_estimate_new |= (state.estimated_time, state.gpu_slots) != estimate
         self.update_search_attributes()
 
     def heard(self, update: JobUpdate, *, at: datetime) -> None:
@@ -272,7 +283,7 @@ class TaskRecord:
         Earlier progress is held back, and published when the second is over unless newer progress came.
         """
         self._own.held_back = None
-        if self._shown() == self._own.last_shown and update.error is None:
+        if self._shown() == self._own.last_shown and update.error is None and not self._has_new_estimate():
             return
         last = self._own.last_progress_at
         if not is_new_stage and last is not None and workflow.now() - last < PROGRESS_EVERY:
@@ -283,8 +294,13 @@ class TaskRecord:
     def _publish_progress(self, job_id: str, sequence: int, *, is_change: bool = False) -> None:
         self._own.last_shown = self._shown()
         self._own.last_progress_at = workflow.now()
+        self._is_estimate_new = False
         key = f"{job_id}:{sequence}"
         self.publish(key, EventType.RUNNING, job_id=job_id, sequence=sequence, is_change=is_change)
+
+    def _has_new_estimate(self) -> bool:
+        """Without an event the row would not have it, and would take the job's next figures for more than a tick."""
+        return self._is_estimate_new and workflow.patched(ESTIMATE_PUBLISHED)
 
     def _shown(self) -> str:
         state = self.state

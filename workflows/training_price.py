@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from temporalio import workflow
 
@@ -21,6 +21,8 @@ from workflows.interruptible import InterruptibleWaits
 from workflows.step_labels import STEP_LABELS
 from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord
+
+EACH_ASKING: Final = "price-asked-for-again-published"
 
 
 class Quote(NamedTuple):
@@ -165,17 +167,30 @@ class TrainingPrice:
             estimated_cost=cost,
             options=self._options(cost, estimate),
             current_balance=estimate.current_balance if estimate else None,
-            suggest_topup=_topup(cost, estimate) if estimate else None,
+            suggest_topup=self._topup(cost, estimate) if estimate else None,
             confirm_by=confirm_by,
             is_running=is_running,
         )
         self._record.confirming(confirmation)
-        self._record.publish(
-            f"confirm:{self._record.state.attempts}:{cost}",
-            EventType.CREDITS,
-            confirmation=confirmation,
-            message=message,
-        )
+        self._record.publish(self._next_key(cost), EventType.CREDITS, confirmation=confirmation, message=message)
+
+    def _next_key(self, cost: int) -> str:
+        """The fact's key. A price may be asked for, replaced by another one, and asked for again."""
+        key, asked_before = f"confirm:{self._record.state.attempts}:{cost}", self.state.askings
+        self.state.askings += 1
+        return f"{key}:{asked_before}" if asked_before and workflow.patched(EACH_ASKING) else key
+
+    def _topup(self, cost: int, estimate: Estimate) -> int | None:
+        """Points that the balance lacks beside the hold that stands: its points come back for a dearer one.
+
+        The service computes them for its own estimate, which may be the smaller price.
+        """
+        standing = self._hold.standing
+        held = standing.amount if standing is not None else 0
+        suggested = None if estimate.suggest_topup is None else max(0, estimate.suggest_topup - held)
+        if estimate.current_balance is None:
+            return suggested
+        return max(suggested or 0, cost - estimate.current_balance - held)
 
     def _options(self, cost: int, estimate: Estimate | None) -> list[PriceOption]:
         """The estimate's options; the chosen one never shows less than the price to confirm."""
@@ -280,10 +295,3 @@ class TrainingPrice:
         """Points to charge: the price of the hours used, never above what was confirmed (contract §5 *Charged*)."""
         used = delivery.gpu_hours_used if delivery.gpu_hours_used is not None else self.state.gpu_hours
         return min(self.of(self.state.carried_gpu_hours + used), self.state.ceiling)
-
-
-def _topup(cost: int, estimate: Estimate) -> int | None:
-    """Points that the balance lacks. The service computes them for its own estimate, which may be the smaller price."""
-    if estimate.current_balance is None:
-        return estimate.suggest_topup
-    return max(estimate.suggest_topup or 0, cost - estimate.current_balance)

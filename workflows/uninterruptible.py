@@ -22,10 +22,13 @@ class Uninterruptible:
 UNINTERRUPTIBLE: Final = (
     Uninterruptible(
         "settlement",
-        "The job has delivered, and that cannot be undone. Commit, charge and ledger calls are retried without end "
-        "(contract §4), and a renewal or give-back in flight ends first.",
+        "The job has delivered, and that cannot be undone. Commit, charge and ledger calls, and after a reset the "
+        "reading of earlier histories, are retried without end (contract §4), and a renewal or give-back in flight "
+        "ends first.",
         (
             "settlement.Settlement._ask_commit",
+            "settlement.Settlement._left_by_earlier_lives",
+            "settlement.Settlement._record_unknown",
             "charges.Charges._once",
             "charges.Charges._repeated",
             "ledger_search.LedgerSearch._search",
@@ -48,7 +51,7 @@ UNINTERRUPTIBLE: Final = (
             "task_holds.TaskHolds._all_released",
             "task_holds.TaskHolds._learn",
             "forgotten_jobs.ForgottenJobs.cancel",
-            "forgotten_jobs.ForgottenJobs.learn_and_cancel",
+            "forgotten_jobs.ForgottenJobs._learned",
             "forgotten_jobs.ForgottenJobs.delivery",
             "row_look.RowLook.once_back",
             "row_look.RowLook.once_all_has_landed",

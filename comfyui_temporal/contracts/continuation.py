@@ -168,6 +168,8 @@ class PriceState(OwnModel):
     """Every checkpoint that an attempt resumed from. If it is reported again, it adds no hours."""
     checkpoint: Checkpoint | None = None
     asked_at_checkpoint: str | None = None
+    askings: int = 0
+    """How often the payer was asked to confirm a price."""
 
 
 class DatasetState(OwnModel):

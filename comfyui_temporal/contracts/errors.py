@@ -130,6 +130,7 @@ class Refusal(OwnModel):
     http_status: int
     wire_code: str = ""
     error_details: ErrorDetails | None = None
+    """The job's own, of `job_refused` alone."""
     sentence: str
     """For operators and callers: what was refused, by which service, what to do."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
-from comfyui_temporal.contracts.calls import Post, SnapshotOrder
+from comfyui_temporal.contracts.calls import Post, SnapshotOrder, number_in
 from comfyui_temporal.contracts.comfyui import TrainingOutput
 from comfyui_temporal.contracts.credits import ChargeRequest
 from comfyui_temporal.contracts.errors import FailureCode
@@ -71,6 +71,11 @@ class Orphans(KeptModel):
     jobs: list[RequestedJob] = []
     charges: list[Post[ChargeRequest]] = []
     """Requested after delivery, if the hold had ended."""
+    charges_before: int = 0
+    """How many charges runs before a reset had sent, none of which is in `charges`."""
+    price_before: int | None = None
+    """The price that runs before a reset had requested, where this one requested none: what they did not charge of it
+    is the task's shortfall, and nothing more is charged."""
     charge_refused: bool = False
     """The last of `charges` was refused: nothing more is charged."""
     asked_again: int = 0
@@ -84,6 +89,12 @@ class Orphans(KeptModel):
     """The copy of the dataset that must be deleted. The order names no files."""
     own_end: OwnEnd | None = None
     """How the run ended by itself; None if it did not, or had not begun anything."""
+
+    @property
+    def charges_sent(self) -> int:
+        """The number of the last charge that the run sent and that was not refused."""
+        sent = self.charges[:-1] if self.charge_refused else self.charges
+        return max((number_in(post.key) for post in sent), default=0)
 
     def hold_state(self) -> HoldState:
         """The holds in the form that a run keeps."""
@@ -110,12 +121,27 @@ class Orphans(KeptModel):
 
 
 class EarlierJobs(KeptModel):
-    """Jobs that earlier lives of a task requested and that they had no answer to."""
+    """What earlier lives of a task requested: jobs without an answer, and charges of a price."""
 
     jobs: list[RequestedJob] = []
     """Each with its body, so that the request can be repeated."""
+    charges: int = 0
+    """How many charges they sent that were not refused. A ledger that lags may not show them yet."""
+    price: int | None = None
+    """The price of the delivered work in points, as their newest commit or charge named it; None where none did, and
+    from an older worker."""
     unread: list[str] = []
     """Sentences about what could not be read."""
+
+
+class EarlierRunsRead(KeptModel):
+    """How far an attempt has read a task's earlier runs, newest first: the next attempt goes on from there."""
+
+    run_ids: list[str] = []
+    made: list[RequestedJob] = []
+    """Jobs with their ids, each without its body. Of a key that made one, no other request is open."""
+    found: EarlierJobs = EarlierJobs()
+    """Its jobs have no answer in any of these runs."""
 
 
 GiveBackOutcome = Literal["given_back", "already_charged", "nothing_held", "settlement_unknown"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from comfyui_temporal.contracts.fields import WRITTEN_BY_US, CallerModel, OwnModel
 
@@ -26,6 +26,16 @@ class KeptModel(OwnModel):
 
 class RunArgument(CallerModel):
     """Argument of one of our workflows: from a caller, or from a run of ours."""
+
+    _doubt: str | None = PrivateAttr(default=None)
+
+    @property
+    def in_doubt(self) -> str | None:
+        """Why a caller's argument like this is refused, where only the store knows whether this one was accepted."""
+        return self._doubt
+
+    def doubt(self, reason: str) -> None:
+        self._doubt = reason
 
 
 class Order(RunArgument):

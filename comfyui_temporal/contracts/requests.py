@@ -14,7 +14,7 @@ The fields are in histories: docs/versioning.md says how they may change.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Self
@@ -136,6 +136,16 @@ class RequestedJob(Requested):
         """Drop the body if no repeat needs it. Runs of release 0.1.0 kept the body of every job."""
         if self.outcome is not RequestOutcome.UNKNOWN:
             self.request = None
+
+
+def not_known(found: Iterable[RequestedJob], known: Collection[RequestedJob]) -> list[RequestedJob]:
+    """Of the jobs that were found, those that the known ones say nothing of.
+
+    Runs of a task with other settings may have sent one key with several bodies, and any of them may have made the job:
+    a key is settled only where the job that was made under it is known.
+    """
+    made, requests = {job.key for job in known if job.job_id}, [(job.key, job.request) for job in known]
+    return [job for job in found if job.key not in made and (job.key, job.request) not in requests]
 
 
 class RequestedHold(Requested):
@@ -276,3 +286,14 @@ def not_left_out(in_order: list[str], kept: Collection[str], left_out: int) -> l
     if not left_out:
         return in_order
     return in_order[next((n for n, pre_deduct_id in enumerate(in_order) if pre_deduct_id in kept), 0) :]
+
+
+def older_than_kept(in_order: list[str], kept: Collection[str], left_out: int) -> list[str]:
+    """Those that `not_left_out` leaves away and that a run cannot have counted: they are more than it left out.
+
+    These are an earlier life's where the run was reset to before its first hold.
+    """
+    if not left_out:
+        return []
+    first = next((n for n, pre_deduct_id in enumerate(in_order) if pre_deduct_id in kept), 0)
+    return in_order[: max(0, first - left_out)]

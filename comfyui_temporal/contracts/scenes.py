@@ -93,8 +93,6 @@ class SceneSpec:
     """Converts a callback or a poll's answer to the field names that all scenes share."""
     job_id_field: str
     """The name of the job's id in ComfyUI's messages and in the result."""
-    signalled_fields: tuple[str, ...]
-    """Fields of a callback that the workflow is signalled about. A change of another field is a tick (contract §2)."""
 
     eta_minutes: Mapping[str, float]
     """By priority, before ComfyUI answers (contract §1)."""
@@ -134,7 +132,6 @@ SCENES: Final[Mapping[Scene, SceneSpec]] = {
         callback=JobCallback,
         update=JobUpdate.of_job,
         job_id_field="job_id",
-        signalled_fields=("job_status", "estimated_time", "gpu_slots", "result_urls", "actual_cost", "error_details"),
         eta_minutes={TaskPriority.STANDARD: 8.0, TaskPriority.ACCELERATED: 3.0},
         poll_after_seconds=30,
         poll_at_most_seconds=120,
@@ -165,16 +162,6 @@ SCENES: Final[Mapping[Scene, SceneSpec]] = {
         callback=TrainingCallback,
         update=JobUpdate.of_training,
         job_id_field="training_id",
-        signalled_fields=(
-            "training_status",
-            "training_stage",
-            "estimated_time",
-            "gpu_slots",
-            "gpu_hours",
-            "checkpoint",
-            "output",
-            "error_details",
-        ),
         eta_minutes={TaskPriority.STANDARD: 45.0, TaskPriority.ACCELERATED: 20.0},
         poll_after_seconds=300,
         poll_at_most_seconds=1_800,

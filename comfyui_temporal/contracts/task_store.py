@@ -20,6 +20,8 @@ from comfyui_temporal.contracts.tasks import Confirmation, CreditsSummary, TaskS
 
 PRICE: Final = "price"
 """In the details of a record `settlement_unknown`: the whole price that was to be charged, in points."""
+CHARGES: Final = "charges"
+"""In the details of a record `settlement_unknown`: how many charges were sent and not refused."""
 SHORTFALL_KEY: Final = "shortfall"
 SHORTFALL_TEXT: Final = "{points} points of this task's price could not be charged."
 
@@ -173,6 +175,8 @@ class TaskClaim(OwnModel):
     """What was asked for, without ids, to be stored; only the first call of the run has it."""
     model_ids: list[str] = []
     """The models that the task uses, to be looked up; only the first call of the run has them."""
+    only_if_known: bool = False
+    """Claims nothing where no run of the task has claimed its id: a run that was reset may have been refused before."""
 
 
 class ClaimOutcome(KeptModel):
@@ -283,6 +287,10 @@ class HeardOrder(OwnModel):
     job_id: str
     digest: str | None = None
     """Of the run's newest report: only ticks that are like it are heard. None: not compared."""
+    run_number: int = 0
+    first_execution_run_id: str | None = None
+    continued_run_id: str | None = None
+    """The run that the asking one continues as new. None: it continues none, or an older worker asks."""
 
 
 class Heard(OwnModel):
@@ -306,6 +314,11 @@ class UnsettledTask(OwnModel):
     credits: CreditsSummary
     price: int | None = None
     """What a completed task was to be charged; None where no record names it."""
+    lives: int | None = None
+    """How often its run was reset; None from a worker that does not say."""
+    charges: int = 0
+    """How many charges its ledger should show; one that is absent may still be shown."""
+    ended_at: Instant | None = None
 
 
 class Correction(OwnModel):

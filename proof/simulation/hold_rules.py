@@ -85,7 +85,8 @@ class HoldRules:
         must(not held or amount >= held[-1], "less is held than before:", amount, *held)
 
     def _check_life(self, expire_in: int, at: float) -> None:
-        right = {self._life(deadline - at) for deadline in self.deadlines(at)}
+        deadlines = [*self.deadlines(at), *self.deadlines(at, estimates=self._estimates(but_during_calls_at=at))]
+        right = {self._life(deadline - at) for deadline in deadlines}
         must(
             any(abs(expire_in - life) <= EARLY or (life <= SHORTEST and 60 <= expire_in <= SHORTEST) for life in right),
             f"a hold for {expire_in} s, right is one of",
@@ -122,6 +123,13 @@ class HoldRules:
             f"{key_of(call)}: work is begun that costs {needed} points; held are",
             *(hold.amount for hold in held),
         )
+
+    def check_covered(self, call: Call) -> None:
+        """A further job is requested only under a hold with life left (contract §1). A free task has none."""
+        granted = self.granted()
+        lives = [known.ends_at - call.scheduled_at for known in granted if not self._is_given_up(known)]
+        is_covered = not granted or any(life >= LEAST_LIFE - EARLY for life in lives)
+        must(is_covered, f"{key_of(call)}: work is begun that no hold covers; seconds left are", *lives)
 
     # What the service has
 
@@ -178,6 +186,12 @@ class HoldRules:
             for call in self._world.witness.calls.get("cancel_hold", ())
         )
 
+    def refused_to_end(self) -> set[str]:
+        """Ids of the holds whose cancel the service refused: such a hold is recorded, and stays open there."""
+        calls = self._world.witness.calls.get("cancel_hold", ())
+        refused = [call for call in calls if isinstance(call.outcome, Answer) and call.outcome.refusal is not None]
+        return {call.argument.body.pre_deduct_id for call in refused}
+
     def followed_since(self, attempt: Attempt) -> float:
         """Since when the run waits only for the job: its price is held, and a training has been started."""
         granted = self.granted()
@@ -191,8 +205,10 @@ class HoldRules:
 
     # Deadlines (contract §1)
 
-    def deadlines(self, at: float) -> list[float]:
+    def deadlines(self, at: float, *, estimates: list[float] | None = None) -> list[float]:
         """When the present attempt may be out of time, by every `estimated_time` that was reported of it.
+
+        `estimates`: those that the cap is counted from, where they are not all that there are.
 
         Between two attempts the next may begin at any time: its deadline is computed as if it began now.
         """
@@ -210,16 +226,28 @@ class HoldRules:
         if not accepted:
             spans.add(SCENES[scenario.task.scene].eta_minutes[scenario.task.priority])
         factor, cap = self._factor, scenario.policy.cap_minutes
-        longest_span = factor * max([*self._estimates(), *accepted], default=max(spans))
+        known = self._estimates() if estimates is None else estimates
+        longest_span = factor * max([*known, *accepted], default=max(spans))
         queued = sum(self._queued_in(n, at) for n in witness.attempts)
         capped = (first_start or at) + queued + 60 * min(2 * longest_span, cap)
         starts = [start or at, at] if self._world.jobs.has_failed(current.job_id) else [start or at]
         return [min(start + 60 * factor * span, capped) for start in starts for span in spans]
 
-    def _estimates(self) -> list[float]:
-        """Every `estimated_time` that counts, of all jobs."""
+    def _estimates(self, *, but_during_calls_at: float | None = None) -> list[float]:
+        """Every `estimated_time` that counts, of all jobs.
+
+        `but_during_calls_at`: without what came during calls for holds, each begun as the one before it ended, the last
+        one then. A run takes that later.
+        """
         witness = self._world.witness
         reports = [report for attempt in witness.attempts.values() for report in witness.reports_of(attempt.job_id)]
+        if but_during_calls_at is not None:
+            calls = [call for name in ("pre_deduct", "cancel_hold") for call in witness.calls.get(name, ())]
+            since = but_during_calls_at
+            for call in sorted(calls, key=lambda call: call.scheduled_at, reverse=True):
+                if (call.resolved_at or NEVER) >= since - EARLY:
+                    since = min(since, call.scheduled_at)
+            reports = [report for report in reports if report.at < since]
         return [minutes for report in reports if (minutes := report.state.estimated_time) is not None]
 
     def begun_of(self, n: int, at: float) -> float | None:

@@ -36,6 +36,8 @@ class World:
     """How the task ended."""
     is_reset: bool = False
     """Whether the task's run was reset: from then on one body may come twice, and only the services know all."""
+    reset_at: float = 0.0
+    """When it was reset the last time."""
     cancels_seen: list[float] = field(default_factory=list)
     """When the run received a cancel."""
 

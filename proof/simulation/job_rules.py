@@ -12,7 +12,7 @@ from proof.simulation.calls import Call
 from proof.simulation.hold_rules import HoldRules
 from proof.simulation.invariants import World, must
 from proof.simulation.price_rules import Prices
-from proof.simulation.witness import GETS, Attempt, key_of, number_of
+from proof.simulation.witness import CANCELS, GETS, Attempt, key_of, number_of
 
 SLACK: Final = 0.01
 SETUP_OF: Final = {
@@ -45,10 +45,12 @@ class JobRules:
     # As it happens
 
     def submitted(self, call: Call) -> None:
-        if key_of(call) in self._submitted:
+        n, is_repeat = number_of(key_of(call)), key_of(call) in self._submitted
+        if n > 1 and not call.argument.is_undo:
+            self._holds.check_covered(call)
+        if is_repeat:
             return
         self._submitted.add(key_of(call))
-        n = number_of(key_of(call))
         self._check_body(call.argument.body)
         must(n == len(self._submitted), "jobs are numbered with a gap:", key_of(call))
         if self._world.scenario.is_image:
@@ -127,7 +129,8 @@ class JobRules:
         """
         for job_id in self._world.works:
             polls = [call for name in GETS for call in self._world.witness.calls.get(name, ())]
-            polls = [call for call in polls if call.argument.job_id == job_id]
+            # One that was cancelled before it was sent asked nothing: a run that continues as new gives its last up.
+            polls = [call for call in polls if call.argument.job_id == job_id and call.attempt]
             for earlier, later in pairwise(polls):
                 # A worker of the first release does not hand the run's number on.
                 is_of_next_run = later.argument.call_for != earlier.argument.call_for or later.seq < earlier.seq
@@ -139,13 +142,17 @@ class JobRules:
     def check_in_time(self, ended_at: float) -> None:
         """The wait for a job ends with its time, and the next job begins when its pause is over."""
         witness, attempt = self._world.witness, self._world.witness.attempt
-        if attempt is None or self._world.scenario.is_paused or attempt.accepted is None:
-            return
+        if attempt is None or self._world.scenario.is_paused or not attempt.was_answered_at_once:
+            return  # a job that is known only since its undo was never waited for
         ends = [call.scheduled_at for name in ("commit", "charge", "look") for call in witness.calls.get(name, ())]
         ends += [report.at for report in witness.reports_of(attempt.job_id) if report.state.has_succeeded()]
         at = min([*ends, self._cancelled.get(attempt.job_id or "", ended_at), ended_at])
+        if at in witness.began_at:  # a run that ends the wait in its first task, however often that was tried
+            at = max((each for each in witness.continued_at if each <= at), default=at)
         # Until the first hold is granted only its own call's limit counts, and what was delivered by then counts.
-        latest = max(*self._holds.deadlines(at), self._holds.followed_since(attempt)) + LAST_ANSWER + SURELY
+        # Before the job's own id is known it counts as queued, whatever was reported of it.
+        begun = max(self._holds.followed_since(attempt), attempt.accepted_at or 0.0)
+        latest = max(*self._holds.deadlines(at), begun) + LAST_ANSWER + SURELY
         must(at <= latest, f"the task went on for {at - latest:g} s after its time was over")
 
     def check_end(self) -> None:
@@ -282,7 +289,9 @@ class JobRules:
     def _given_up_at(self, attempt: Attempt) -> float:
         """When the run began to undo the task."""
         looks = [call.scheduled_at for call in self._world.witness.calls.get("look", ())]
-        return min([*looks[:1], self._cancelled.get(attempt.job_id or "", float("inf"))])
+        cancels = [call for name in CANCELS for call in self._world.witness.calls.get(name, ())]
+        of_job = [call.scheduled_at for call in cancels if call.argument.job_id == attempt.job_id]
+        return min([*looks[:1], *of_job], default=float("inf"))
 
     def _reasons_of_training(self, at: float) -> set[str]:
         scenario = self._world.scenario

@@ -112,6 +112,7 @@ class LiveRun:
         for command in kept.open_calls():
             call = self._calls.schedule(command.schedule_activity, command.schedule_activity.arguments)
             self._called[call.seq] = call
+            self._environment.witness.scheduled(call, call.scheduled_at)
             if call.seq in cancelled_seqs:
                 self._calls.request_cancel(call.seq)
 

@@ -23,8 +23,9 @@ class Prices:
         return max(task.max_credits or 0, *self._world.witness.confirmed.values(), 0)
 
     def ceiling_before(self, at: float) -> int:
-        """A training's ceiling as it was before a point in time."""
-        confirmed = [points for when, points in self._world.witness.confirmed.items() if when < at]
+        """A training's ceiling as it was before a point in time. A reset may forget what was confirmed before it."""
+        since = self._world.reset_at
+        confirmed = [points for when, points in self._world.witness.confirmed.items() if since <= when < at]
         return max(self._scenario.task.max_credits or 0, *confirmed, 0)
 
     def stated(self, attempt: Attempt) -> dict[str, int]:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 from temporalio.api.common.v1 import Payload
 
 from comfyui_temporal.contracts.errors import Answer
 from comfyui_temporal.contracts.give_back import EarlierJobs
-from comfyui_temporal.contracts.requests import RequestedJob, RequestOutcome, is_key_conflict
+from comfyui_temporal.contracts.requests import (
+    RequestedJob,
+    RequestOutcome,
+    is_unsent,
+    not_known,
+    refuses_charge,
+)
 from proof.simulation.history import Closed, PastRun
 from proof.simulation.hosted_run import RunIdentity
 from proof.simulation.live_run import Environment, LiveRun
@@ -111,19 +118,39 @@ class Server:
         self._run.restore(kept)
 
     def unanswered_jobs(self) -> EarlierJobs:
-        """What replaced runs requested of ComfyUI, without an answer in their histories."""
-        jobs: dict[str, RequestedJob] = {}
+        """What replaced runs requested of ComfyUI, without an answer in their histories, and their charges."""
+        sent: list[tuple[Any, RequestedJob]] = []
         for call in (call for run in self._replaced for _, call in sorted(run.called.items()) if call.name in SUBMITS):
             post = call.argument
             at = datetime.fromtimestamp(call.scheduled_at, UTC)
-            new = RequestedJob(attempt=number_of(post.key), key=post.key, request=post.body, asked_at=at)
-            answer = call.outcome if call.resolved_at is not None and isinstance(call.outcome, Answer) else None
-            if answer is not None and is_key_conflict(answer):
-                continue
-            job = jobs.setdefault(post.key, new)
-            if answer is not None:
-                job.answered(answer)
-        return EarlierJobs(jobs=[job for job in jobs.values() if job.outcome is RequestOutcome.UNKNOWN])
+            job = next((job for body, job in sent if (job.key, body) == (post.key, post.body)), None)
+            if job is None:
+                job = RequestedJob(attempt=number_of(post.key), key=post.key, request=post.body, asked_at=at)
+                sent.append((post.body, job))
+            if call.resolved_at is not None and isinstance(call.outcome, Answer):
+                job.answered(call.outcome)
+        jobs = [job for _, job in sent]
+        unanswered = [job for job in jobs if job.outcome is RequestOutcome.UNKNOWN]
+        made = [job for job in jobs if job.job_id]
+        return EarlierJobs(
+            jobs=not_known(unanswered, made), charges=self._charges_sent(), price=self._price_requested()
+        )
+
+    def _price_requested(self) -> int | None:
+        settling = [call for run in self._replaced for call in run.called.values() if call.name in ("commit", "charge")]
+        in_order = sorted(settling, key=lambda call: call.scheduled_at)
+        return next((call.argument.price for call in reversed(in_order) if call.argument.price is not None), None)
+
+    def _charges_sent(self) -> int:
+        charges = [call for run in self._replaced for call in run.called.values() if call.name == "charge"]
+        sent = [
+            number_of(call.argument.key)
+            for call in charges
+            if call.resolved_at is None
+            or not isinstance(call.outcome, Answer)
+            or not (refuses_charge(call.outcome) or is_unsent(call.outcome))
+        ]
+        return max(sent, default=0)
 
     def end(self) -> None:
         """Leave nothing behind in memory."""

@@ -50,7 +50,7 @@ class SettlementRules:
         if self._world.is_completed:
             self._check_price(charged)
         self._check_reported(charged, reported)
-        self._check_sum_of_events(charged)
+        self._check_sum_of_events(charged, is_known=reported.settlement is SettlementState.SETTLED)
 
     # After a reset
 
@@ -116,7 +116,9 @@ class SettlementRules:
     def _check_searched(self) -> None:
         """The ledger was read for ten minutes, and what it shows of the hold's end by then was looked for in vain."""
         doubted_at, looks = self._doubted_at(), self._world.witness.calls.get("ledger", [])
-        if doubted_at is None or "settlement_unknown" not in self._world.parties.store.exceptions:
+        keys = {key.partition(":") for key in self._world.parties.store.exceptions}
+        is_recorded = any(what == "settlement_unknown" and (not of or of.isdigit()) for what, _, of in keys)
+        if doubted_at is None or not is_recorded:
             return
         looked_until = max((look.resolved_at or look.scheduled_at for look in looks), default=0.0)
         is_searched = looked_until >= doubted_at + LOOKS_FOR_SECONDS - 1
@@ -198,25 +200,37 @@ class SettlementRules:
         is_left = is_left or any(key.startswith("undo_hold:") for key in self._world.parties.store.exceptions)
         if self.is_unknown or is_left:
             is_reported = reported.settlement is SettlementState.UNKNOWN
-            must(is_reported or not self.is_unknown, "what is unknown is reported as known:", reported)
+            is_known = not self.is_unknown or self._is_shown_since()
+            must(is_reported or is_known, "what is unknown is reported as known:", reported)
             return
         must(reported.settlement is not SettlementState.UNKNOWN, "what is known is reported as unknown:", reported)
         must(reported.shortfall == self.shortfall, "the row says short:", reported.shortfall, self.shortfall)
+
+    def _is_shown_since(self) -> bool:
+        """Whether the ledger was read again since the record, and showed how each hold of the task ended."""
+        records = self._world.parties.store.exceptions.values()
+        unknown = [record.ts for record in records if record.code == ExceptionCode.SETTLEMENT_UNKNOWN]
+        recorded_at = max(unknown).timestamp()
+        looks = [look for look in self._world.witness.calls.get("ledger", ()) if look.scheduled_at > recorded_at]
+        entries = looks[-1].outcome.reply.entries if looks and looks[-1].outcome is not None else []
+        shown = [entry.kind or entry.reason for entry in entries]
+        ended = sum(what in _RESOLVING for what in shown)
+        return 0 < shown.count(LedgerKind.PRE_DEDUCT) <= ended
 
     def _last_estimate(self) -> int:
         newest = max(self._world.witness.attempts, default=0)  # an estimate may be read for the attempt after it
         reported = [self._world.witness.reply("estimate", n) for n in range(newest + 1, -1, -1)]
         return next((reply.selected_cost for reply in reported if reply is not None), 0)
 
-    def _check_sum_of_events(self, charged: int) -> None:
-        """The points in the events add up to what the task was charged."""
+    def _check_sum_of_events(self, charged: int, *, is_known: bool) -> None:
+        """The points in the events add up to what the task was charged. `is_known`: the row says how it was settled."""
         events = self._world.parties.store.events
         moved = sum(event.credits_delta or 0 for event in events if event.event is EventType.CREDITS)
-        is_exempt = {ExceptionCode.SETTLEMENT_UNKNOWN, ExceptionCode.HOLD_LEFT_TO_EXPIRY} & self._world.recorded_codes()
+        exempt = {ExceptionCode.SETTLEMENT_UNKNOWN, ExceptionCode.HOLD_LEFT_TO_EXPIRY} & self._world.recorded_codes()
         not_found = [message for _, message in self._world.witness.refusals("cancel_hold") if "not_found" in message]
         is_twice = -moved < charged and self.may_be_charged_twice
         must(
-            bool(is_exempt or not_found or is_twice) or moved == -charged,
+            bool((exempt and not is_known) or not_found or is_twice) or moved == -charged,
             f"the events move {moved} points, charged were",
             charged,
         )

@@ -172,8 +172,9 @@ class StoreModel:
 
     def heard(self, order: HeardOrder, caller: Caller) -> Heard | None:
         state = self.state
+        goes_on = order.continued_run_id is not None and order.continued_run_id == self._run_id
         if (
-            caller.run_id != self._run_id
+            (caller.run_id != self._run_id and not goes_on)
             or state is None
             or state.taken is None
             or state.taken.job_id != order.job_id
@@ -181,6 +182,7 @@ class StoreModel:
             or self._ticked_at is None
         ):
             return None
+        self._take_over(caller.run_id, order.run_number)
         figures = state.model_dump(include={"progress", "next_eta", "queue_position"})
         sequence = self._sequences.get(order.job_id, 0)
         return Heard(sequence=sequence, seconds_ago=self._timeline.now - self._ticked_at, **figures)

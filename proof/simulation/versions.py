@@ -13,7 +13,8 @@ UNKNOWN: Final = "of_a_later_release"
 """A field that the present code does not know."""
 NEW_SINCE_0_1_0: Final = frozenset(
     {
-        *("models", "retry_at", "run_number", "dataset.snapshot.manifest", "jobs.is_key_taken", "price.resumed_from"),
+        *("models", "retry_at", "run_number", "dataset.snapshot.manifest", "jobs.is_key_taken"),
+        *("price.askings", "price.resumed_from"),
         *(f"hold.asked.{name}" for name in ("leaving", "told", "told_back")),
         *(f"hold.{name}" for name in ("asked_again", "asked_count", "asking", "checkpoint_passed", "committed")),
         *(f"hold.{name}" for name in ("given_back", "granted", "granted_before", "is_left", "is_unknown")),

@@ -17,6 +17,7 @@ from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, CREDITS_ERRORS, Fa
 from tests.activities.calls import estimate_post, tokens
 from tests.activities.conftest import Facing
 from tests.activities.loopback import Seen, always, error_body, http_bytes, serving
+from workflows.failures import TaskFailed
 
 COMFYUI_CALLS = [
     "submit_job",
@@ -122,6 +123,19 @@ async def test_a_definite_refusal_is_an_answer(
     assert (answer.refusal.code, answer.refusal.message) == (code, message)
     assert (answer.refusal.http_status, answer.refusal.wire_code) == (status, number)
     assert message in answer.refusal.sentence
+
+
+@pytest.mark.parametrize(("call", "message", "number", "status", "code"), DEFINITE)
+async def test_a_refusal_keeps_its_code_beside_details_that_are_no_jobs(
+    facing: Facing, call: str, message: str, number: str, status: int, code: FailureCode
+) -> None:
+    """Only `job_refused` has a job's `error_details`; any service may put words of its own there."""
+    body = error_body(message, number, error_details="balance 3, needed 24")
+    async with facing(always(status, body)) as (_, calls):
+        answer = await calls[call]()
+    assert answer.refusal is not None
+    failed = TaskFailed.by_refusal(answer.refusal)
+    assert (failed.code, failed.error_details.code) == (code, code)
 
 
 @pytest.mark.parametrize(("call", "message", "number", "status", "code"), RETRIED)

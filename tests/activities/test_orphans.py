@@ -210,6 +210,27 @@ async def test_a_charge_that_was_stopped_before_it_was_sent_is_none_to_finish(
     assert [post.key for post in history.reader.orphans.charges] == [f"task-1:charge:{n}" for n in sent]
 
 
+@pytest.mark.parametrize(
+    ("answers", "sent"),
+    [
+        ([], 0),
+        ([None], 1),
+        ([{"reply": {"ledger_id": "charge-1", "change": -2_000}}, None], 2),
+        ([{"reply": {"ledger_id": "charge-1", "change": -2_000}}, {"refusal": refusal("insufficient_balance")}], 1),
+        ([{"refusal": refusal("read_the_ledger")}], 0),
+    ],
+    ids=str,
+)
+async def test_the_charges_that_a_run_sent_are_counted_without_one_that_was_refused(
+    answers: list[dict[str, Any] | None], sent: int
+) -> None:
+    """A later life looks for as many in the ledger."""
+    history = History()
+    for n, answer in enumerate(answers, start=1):
+        await history.call("charge", {**CHARGE, "key": f"task-1:charge:{n}"}, answer)
+    assert history.reader.orphans.charges_sent == sent
+
+
 COMMIT = fullest(DOCUMENTS["commit"])
 
 

@@ -368,7 +368,7 @@ async def test_a_new_checkpoint_of_a_training_is_signalled(gateway: Gateway, new
     ]
     for body in bodies:
         assert (await gateway.post(task_id, body)).status_code == 202
-    assert [kept["sequence"] for kept in await kept_by(run)] == [1, 3, 4, 5, 6]
+    assert [kept["sequence"] for kept in await kept_by(run)] == [1, 3, 4, 6]
 
 
 async def test_healthz_answers_ok(gateway: Gateway) -> None:

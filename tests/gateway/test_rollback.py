@@ -125,6 +125,7 @@ async def test_a_call_whose_answer_was_lost_is_learned_and_given_back(api: Api, 
     assert (answer.status_code, answer.json()["outcome"]) == (200, "given_back"), answer.text
     await check_nothing_left(api, task_id)
     assert [run.is_over for run in await admin.comfyui.jobs(task_id)] == [True]
+    assert len(await admin.credits.holds(task_id)) == (route == "pre_deduct"), "learning its id takes no second one"
 
 
 @pytest.mark.parametrize("scene", ["image", "training"])

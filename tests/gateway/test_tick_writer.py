@@ -16,14 +16,15 @@ import pytest
 from comfyui_temporal.contracts.comfyui import JobCallback, TrainingCallback
 from comfyui_temporal.contracts.scenes import Callback, scene_of_callback
 from comfyui_temporal.contracts.task_store import TakenReport
-from comfyui_temporal.contracts.ticks import Tick, digest_of
+from comfyui_temporal.contracts.ticks import Tick, digest_of, report_taken
 from gateway import tick_writer
+from gateway.callback_relay import CallbackRelay, Relayed
 from gateway.tick_writer import Ticked, TickWriter
 from store import TaskStore, TickAnswer
 from store.database import STATEMENT_TIMEOUT_SECONDS
 from tests.cable import Cable
 from tests.gateway.serving import Gateway, tick, training_tick
-from tests.store.facts import claim_of, new_task_id, write_of
+from tests.store.facts import claim_of, fact, new_task_id, write_of
 from tests.store.test_ticks import taken
 from tests.waiting import comes_true, until
 
@@ -61,12 +62,59 @@ class LongWay:
     async def take(self, task_id: str, callback: Callback) -> None:
         self.taken.append((task_id, callback.sequence))
 
-    def has_signalled_like(self, task_id: str, callback: Callback) -> bool | None:
+    def has_signalled_like(self, task_id: str, job_id: str, digest: str) -> bool | None:
         return self.has_signalled
+
+    def forget(self, task_id: str, job_id: str) -> None:
+        self.has_signalled = None
+
+
+class Signalled:
+    """Keeps the sequence of each signal that the relay sends."""
+
+    def __init__(self) -> None:
+        self.sequences: list[int] = []
+
+    async def signal(self, task_id: str, callback: Callback) -> Relayed:
+        self.sequences.append(callback.sequence)
+        return Relayed.SIGNALLED
+
+
+class Learning(Signalled):
+    """Writes what a signal says as the task's workflow does, where it is newer."""
+
+    def __init__(self, store: TaskStore) -> None:
+        super().__init__()
+        self._store = store
+        self._version = 0
+        self._newest = 0
+
+    async def signal(self, task_id: str, callback: Callback) -> Relayed:
+        await self.learn(task_id, callback)
+        return await super().signal(task_id, callback)
+
+    async def learn(self, task_id: str, callback: Callback) -> None:
+        """The workflow takes it, from this gateway's signal, another's or a poll."""
+        update = scene_of_callback(callback).update(callback)
+        if update.sequence <= self._newest:
+            return
+        self._newest, self._version = update.sequence, self._version + 1
+        figures: dict[str, Any] = {"job_id": update.job_id, "progress": update.progress or 0.0}
+        change = fact(f"{update.job_id}:{update.sequence}", sequence=update.sequence, **figures)
+        state: dict[str, Any] = {**figures, "attempts": 1, "taken": report_taken(update)}
+        await self._store.write(write_of(task_id, change, version=self._version, **state))
+
+
+async def come(writer: TickWriter, relay: CallbackRelay, callback: Callback) -> Ticked:
+    """A callback comes to a gateway."""
+    ticked = await writer.take(callback.task_id, callback)
+    if ticked is Ticked.LONG_WAY:
+        await relay.take(callback.task_id, callback)
+    return ticked
 
 
 @asynccontextmanager
-async def writer_on(store: TaskStore, long_way: LongWay | None = None) -> AsyncIterator[TickWriter]:
+async def writer_on(store: TaskStore, long_way: LongWay | CallbackRelay | None = None) -> AsyncIterator[TickWriter]:
     writer = TickWriter(store, long_way or LongWay())
     try:
         yield writer
@@ -132,16 +180,34 @@ async def test_what_the_row_does_not_learn_in_time_is_signalled_once(
     assert long_way.taken == [(task_id, 2)]
 
 
+async def test_what_the_row_never_learns_is_signalled_although_a_signal_said_the_same(
+    task_store: TaskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workflow took something else since: another gateway signalled it, or a poll brought it."""
+    monkeypatch.setattr(tick_writer, "KNOWN_SOON", 0.01)
+    task_id = await known(task_store, **MORE_TIME)
+    relay = CallbackRelay(signals := Signalled())
+    assert await relay.take(task_id, report(task_id, 2)) is Relayed.SIGNALLED
+    async with writer_on(task_store, relay) as writer:
+        assert await writer.take(task_id, report(task_id, 3, queue_position=4)) is Ticked.COALESCED
+        await comes_true(lambda: 3 in signals.sequences)
+    assert signals.sequences == [2, 3]
+
+
 class CountingStore(TaskStore):
     """Counts how often each task's tick was tried."""
 
     def __init__(self, dsn: str) -> None:
         super().__init__(dsn)
         self.tried: Counter[str] = Counter()
+        self.answers = asyncio.Event()
+        """Cleared: the statement has been made, and its answer is on the way."""
+        self.answers.set()
 
     async def write_ticks(self, given: Sequence[Tick]) -> dict[str, TickAnswer]:
         answers = await super().write_ticks(given)
         self.tried.update(tick.task_id for tick in given)
+        await self.answers.wait()
         return answers
 
 
@@ -150,6 +216,32 @@ async def counting(postgres_dsn: str) -> AsyncIterator[CountingStore]:
     store = CountingStore(postgres_dsn)
     yield store
     await store.close()
+
+
+@pytest.mark.parametrize("tries_apart", [2, tick_writer.MAX_TRIES])
+async def test_what_the_row_never_learns_is_signalled_however_often_the_job_reports(
+    counting: CountingStore, monkeypatch: pytest.MonkeyPatch, tries_apart: int
+) -> None:
+    """Another gateway signals the job's second report; then the job says again what this one signalled at first."""
+    monkeypatch.setattr(tick_writer, "KNOWN_SOON", 0.05)
+    await counting.claim(claim_of(task_id := new_task_id()))
+    relay, sequence = CallbackRelay(workflow := Learning(counting)), 2
+
+    def is_signalled() -> bool:
+        return len(workflow.sequences) > 1
+
+    async with writer_on(counting, relay) as writer:
+        assert await relay.take(task_id, report(task_id, 1)) is Relayed.SIGNALLED
+        await workflow.learn(task_id, report(task_id, 2, **MORE_TIME))
+        for tries in range(0, 2 * tick_writer.MAX_TRIES + 1, tries_apart):
+            await comes_true(lambda tries=tries: counting.tried[task_id] >= tries or is_signalled())  # type: ignore[misc]
+            if not is_signalled():
+                sequence += 1
+                await come(writer, relay, report(task_id, sequence, float(sequence)))
+        assert is_signalled(), "the job reports, and the workflow never hears it"
+        await until(lambda: shows(counting, task_id, float(sequence)))
+    row = await counting.task(task_id)
+    assert row is not None and row.taken is not None and row.taken.digest == digest()
 
 
 @asynccontextmanager
@@ -195,6 +287,45 @@ async def test_a_write_that_is_just_being_made_may_make_a_report_a_tick(
             assert not again.done()
         assert (await taking, await again) == (Ticked.COALESCED, Ticked.STORED)
     assert (long_way.taken, await progress_of(counting, task_id)) == ([], 30.0)
+
+
+async def test_an_older_report_never_replaces_one_that_is_being_decided(
+    counting: CountingStore, postgres_dsn: str
+) -> None:
+    """A new stage waits for a locked row; a tick of the stage before, which comes late, is none any more."""
+    task_id = await known(counting)
+    async with writer_on(counting, LongWay()) as writer:
+        async with locked(postgres_dsn, task_id):
+            counting.answers.clear()
+            newer = asyncio.create_task(writer.take(task_id, report(task_id, 11, 40.0, **MORE_TIME)))
+            await comes_true(lambda: counting.tried[task_id] > 0)
+            older = asyncio.create_task(writer.take(task_id, report(task_id, 10, 30.0)))
+            await asyncio.sleep(0)
+            counting.answers.set()
+            assert await older is Ticked.COALESCED
+        assert await newer is Ticked.LONG_WAY
+
+
+@pytest.mark.parametrize("is_in_flight", [True, False], ids=["being decided", "waiting"])
+async def test_a_stale_report_of_an_earlier_job_never_replaces_one_of_the_present_job(
+    counting: CountingStore, postgres_dsn: str, is_in_flight: bool
+) -> None:
+    """A new estimate of the second job waits for a locked row; a report of the first one comes late."""
+    task_id = await taken(counting, sequence=1, job_id="job-2", digest=digest(job_id="job-2"))
+    new, stale = report(task_id, 5, 40.0, job_id="job-2", **MORE_TIME), report(task_id, 90, 90.0, job_id="job-1")
+    relay = CallbackRelay(signals := Signalled())
+    async with writer_on(counting, relay) as writer:
+        async with locked(postgres_dsn, task_id):
+            if is_in_flight:
+                counting.answers.clear()
+            deciding = asyncio.create_task(come(writer, relay, new))
+            await comes_true(lambda: counting.tried[task_id] > 0)
+            late = asyncio.create_task(come(writer, relay, stale))
+            await asyncio.sleep(0)
+            counting.answers.set()
+            await comes_true(lambda: late.done() or deciding.done())
+        await asyncio.gather(deciding, late)
+    assert new.sequence in signals.sequences
 
 
 async def test_what_may_be_no_tick_waits_a_moment_for_a_locked_row_and_goes_the_long_way(
@@ -250,5 +381,7 @@ async def test_a_change_that_no_flow_uses_is_a_tick_and_every_other_one_is_not(
     )
     before = digest_of(scene_of_callback(first).update(first))
     task_id = await taken(task_store, sequence=1, job_id="training-1", digest=before)
-    async with writer_on(task_store) as writer:
+    relay = CallbackRelay(Signalled())
+    assert await relay.take(task_id, first) is Relayed.SIGNALLED
+    async with writer_on(task_store, relay) as writer:  # what this process has signalled makes no difference
         assert await writer.take(task_id, changed) is (Ticked.STORED if is_tick else Ticked.LONG_WAY)

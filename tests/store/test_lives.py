@@ -14,6 +14,7 @@ from comfyui_temporal.contracts.task_store import TaskRow, TaskWrite
 from comfyui_temporal.contracts.tasks import CreditsSummary, TaskStatus
 from store import NotTheClaimant, TaskStore
 from store.lives import MOST_EARLIER_RUNS
+from store.task_store import Made
 from tests.store.facts import claim_of, end, fact, new_task_id, write_of
 
 
@@ -178,7 +179,25 @@ async def test_every_hold_and_job_of_every_run_is_kept(task_store: TaskStore) ->
     row = await row_of(task_store, task_id)
     assert (row.hold_ids, row.job_ids) == (["h1", "h2", "h3"], ["j1", "j2"])
     assert row.credits.pre_deduct_ids == ["h3"]
-    assert await task_store.note_made(new_task_id(), "job", "j") is True, "a task without a row keeps nothing"
+
+
+@pytest.mark.parametrize("kind", ["hold", "job"])
+async def test_what_a_task_without_a_row_made_was_not_known(task_store: TaskStore, kind: Made) -> None:
+    unknown = new_task_id()
+    assert not await task_store.note_made(unknown, kind, "made")
+    assert not await task_store.note_made(unknown, kind, "made"), "a task without a row keeps nothing"
+
+
+async def test_a_claim_that_must_be_known_claims_nothing_new(task_store: TaskStore) -> None:
+    """Of a run that was reset: it may have been refused before that."""
+    task_id = new_task_id()
+    again, reset = claim_of(task_id).model_copy(update={"only_if_known": True}), run_of(task_id, "reset")
+    assert not await task_store.claim(again, reset)
+    assert await task_store.task(task_id) is None and await task_store.claimed_input(task_id) is None
+    await task_store.claim(claim_of(task_id), run_of(task_id))
+    assert await task_store.claim(again, reset)
+    another = again.model_copy(update={"first_execution_run_id": "another-run"})
+    assert not await task_store.claim(another, reset)
 
 
 async def test_only_the_newest_of_many_runs_are_remembered(task_store: TaskStore, postgres_dsn: str) -> None:
@@ -209,6 +228,20 @@ async def test_a_give_back_claims_a_row_whose_run_is_the_one_it_found(task_store
     assert (await row_of(task_store, task_id)).given_back_by == "give-back"
     life = await task_store.register(run_of(task_id, "reset"))
     assert life.is_given_back and life.must_stop
+
+
+async def test_a_give_back_must_stop_where_another_one_has_claimed_the_row_or_it_has_ended(
+    task_store: TaskStore,
+) -> None:
+    task_id = await claimed(task_store)
+    assert (await task_store.life_of_give_back(task_id, by="first")).must_stop, "its claim is lost"
+    for by in ("first", "second"):
+        assert await task_store.claim_give_back(task_id, by=by, found_run="run-1")
+        assert not (await task_store.life_of_give_back(task_id, by=by)).is_possible
+    assert (await task_store.life_of_give_back(task_id, by="first")).must_stop
+    await task_store.write(write_of(task_id, end()))
+    assert (await task_store.life_of_give_back(task_id, by="second")).must_stop
+    assert not (await task_store.life_of_give_back(new_task_id(), by="second")).must_stop, "its row is missing"
 
 
 async def test_a_give_back_of_a_run_that_was_reset_meanwhile_claims_nothing(task_store: TaskStore) -> None:

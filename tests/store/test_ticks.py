@@ -156,6 +156,39 @@ async def test_a_fraction_of_a_percent_is_no_event(task_store: TaskStore) -> Non
     assert await shown(task_store, task_id) == []
 
 
+async def test_an_eta_that_slides_a_little_each_time_is_shown_once_it_slid_ten_seconds(
+    task_store: TaskStore, postgres_dsn: str
+) -> None:
+    task_id, at = await taken(task_store, progress=10.0), ETA
+    for sequence in range(2, 8):
+        await later(postgres_dsn, task_id)
+        given = tick(task_id, sequence, progress=10.0, next_eta=at)
+        assert await written(task_store, given) is TickVerdict.WRITTEN
+        row = await task_store.task(task_id)
+        assert row is not None and row.next_eta == at, "the row has each"
+        at += timedelta(seconds=5)
+
+    etas = [event.next_eta for event in await task_store.events(task_id) if event.seq > 2]
+    assert etas == [ETA, ETA + timedelta(seconds=10), ETA + timedelta(seconds=20)]
+
+
+@pytest.mark.parametrize("figures", [{"queue_position": 3}, {"progress": 20.0}, {"next_eta": ETA}])
+async def test_figures_that_the_workflow_wrote_without_an_event_are_shown_by_the_next_tick(
+    task_store: TaskStore, figures: dict[str, Any]
+) -> None:
+    """The run held them back for its second, and a record for operators was written meanwhile."""
+    shown_first = {"progress": 10.0, "queue_position": 4}
+    task_id = await taken(task_store)
+    first = fact("j:2", job_id="j", sequence=2, stage="processing", **shown_first)
+    state: dict[str, Any] = {"job_id": "j", "attempts": 1, "stage": "processing", **shown_first}
+    await task_store.write(write_of(task_id, first, version=2, taken=report_of(2), **state))
+    await task_store.write(write_of(task_id, version=3, taken=report_of(3), **{**state, **figures}))
+
+    await written(task_store, tick(task_id, 4, **{**shown_first, **figures}))
+    event = (await task_store.events(task_id))[-1]
+    assert {name: getattr(event, name) for name in figures} == figures
+
+
 async def test_a_write_with_older_figures_keeps_those_of_a_tick(task_store: TaskStore) -> None:
     task_id = await taken(task_store, sequence=5)
     await task_store.write_ticks([tick(task_id, 9, progress=60.0, next_eta=ETA, queue_position=2)])
@@ -263,6 +296,48 @@ async def test_a_run_that_was_reset_hears_nothing_of_what_its_earlier_life_took(
     assert heard is not None and heard.sequence == 31
 
 
+def next_run(task_id: str, number: int, after: str, **fields: Any) -> HeardOrder:
+    """What the `number`th run asks that continued `after`."""
+    order = HeardOrder(task_id=task_id, job_id="j", run_number=number, continued_run_id=after)
+    return order.model_copy(update={"first_execution_run_id": "run-1", **fields})
+
+
+async def test_a_run_that_continued_as_new_hears_what_the_ones_before_it_heard(
+    task_store: TaskStore, postgres_dsn: str
+) -> None:
+    task_id = await taken(task_store)
+    await acting(task_store, task_id, "first")
+    await task_store.write_ticks([tick(task_id, 4)])
+    assert await task_store.heard(HeardOrder(task_id=task_id, job_id="j"), "second") is None, "of an older worker"
+
+    for number, (after, run_id) in enumerate((("first", "second"), ("second", "third")), start=1):
+        heard = await task_store.heard(next_run(task_id, number, after), run_id)
+        assert heard is not None and heard.sequence == 4
+    row = await task_store.task(task_id)
+    assert row is not None and (row.run_id, row.lives) == ("third", 0)
+    assert await task_store.heard(next_run(task_id, 1, "first"), "second") is None, "it has ended"
+
+
+@pytest.mark.parametrize(
+    ("number", "after", "fields"),
+    [
+        pytest.param(2, "reset", {}, id="continues a run that was reset"),
+        pytest.param(1, "acts", {}, id="reset"),
+        pytest.param(2, "acts", {"first_execution_run_id": "another"}, id="of another chain"),
+    ],
+)
+async def test_only_the_run_that_continues_the_acting_one_hears_what_that_heard(
+    task_store: TaskStore, number: int, after: str, fields: dict[str, Any]
+) -> None:
+    task_id = await taken(task_store)
+    await task_store.register(TaskRun(task_id=task_id, run_id="acts", run_number=1))
+    await task_store.write_ticks([tick(task_id, 4)])
+
+    assert await task_store.heard(next_run(task_id, number, after, **fields), "asks") is None
+    row = await task_store.task(task_id)
+    assert row is not None and (row.run_id, row.lives) == ("acts", 0)
+
+
 async def test_several_gateways_and_the_workflow_at_once_leave_no_gap(task_store: TaskStore, postgres_dsn: str) -> None:
     """Ticks in any order with repeats from three processes, beside the workflow's own facts and its end."""
     others = [TaskStore(postgres_dsn) for _ in range(3)]
@@ -283,7 +358,7 @@ async def test_several_gateways_and_the_workflow_at_once_leave_no_gap(task_store
             await task_store.write(
                 write_of(
                     task_id,
-                    fact(f"held:{n}"),
+                    fact(f"held:{n}", stage="processing"),
                     version=n + 2,
                     stage="processing",
                     attempts=1,

@@ -16,6 +16,8 @@ import pytest
 import pytest_asyncio
 from pydantic import model_validator
 from temporalio import workflow
+from temporalio.client import WorkflowFailureError
+from temporalio.exceptions import ApplicationError
 from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts import scenes
@@ -25,10 +27,12 @@ from comfyui_temporal.contracts.handed_on import read_tolerantly
 from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, ImageResult, TaskStatus, TrainingResult
 from comfyui_temporal.runs import RunStatus, describe_run
 from store import TaskStore
-from tests.conftest import NewDatabase
+from tests.conftest import NewDatabase, unique
 from tests.versions.words import NEW_FIELD, at, new_fields_in, with_new_fields
 from tests.workflows.books import ended, ended_without_its_run, runs_of
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
+from tests.workflows.reset_scenarios import work_goes_on
+from tests.workflows.resets import points_of, reset
 from workflows.guards import validated_input
 from workflows.image_generation import ImageGenerationWorkflow
 from workflows.training import TrainingWorkflow
@@ -106,15 +110,24 @@ class UnreadableImage(NewerImage):
         return document
 
 
+class NewerTrainingRun(TrainingRun):
+    style: str | None = None
+
+
 @workflow.defn(name=TRAINING_WORKFLOW)
 class NewerTraining(TrainingWorkflow):
+    @workflow.init
+    @validated_input
+    def __init__(self, task: NewerTrainingRun) -> None:
+        super().__init__(task)
+
     @workflow.run
-    async def run(self, task: TrainingRun) -> TrainingResult:
+    async def run(self, task: NewerTrainingRun) -> TrainingResult:  # type: ignore[override]
         return await self.stop.uninterrupted(self.steps(), self.record.write_facts())
 
     def _continuation(self) -> TrainingRun:
         document = with_new_fields(super()._continuation())
-        return read_tolerantly(TrainingRun, json.dumps(document).encode())
+        return read_tolerantly(NewerTrainingRun, json.dumps(document).encode())
 
 
 NEWER = (NewerImage, NewerTraining)
@@ -232,6 +245,25 @@ async def test_a_run_that_a_newer_worker_began_with_a_new_field_goes_on_on_an_ol
         await delivered(bare, handle)
         ending = await ended(bare, handle)
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24)
+
+
+@pytest.mark.parametrize("kind", ["image", "training"])
+async def test_a_run_that_a_newer_worker_began_with_a_new_field_is_reset_on_an_older_one(
+    bare: Platform, kind: str
+) -> None:
+    """Nothing of it is replayed: it was accepted all the same. A caller's same input is still refused."""
+    task = bare.image(style="etching") if kind == "image" else bare.training(style="etching")
+    async with bare.worker(flows=NEWER):
+        handle = await waiting(bare, task)
+    async with bare.worker():
+        run = await reset(bare, handle, (await points_of(bare, handle))[0])
+        async with work_goes_on(bare, run):
+            ending = await ended(bare, run)
+        assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24 if kind == "image" else 120)
+        afresh = await bare.start(task | {"task_id": unique("afresh")})
+        with pytest.raises(WorkflowFailureError) as failed:
+            await afresh.result()
+    assert isinstance(failed.value.cause, ApplicationError) and failed.value.cause.type == "input_invalid"
 
 
 @pytest.mark.slow

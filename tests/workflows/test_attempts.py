@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from temporalio import workflow
 
+from comfyui_temporal.contracts.calls import CallFor, Post
+from comfyui_temporal.contracts.comfyui import JobRequest, Resolution, TaskPriority
+from comfyui_temporal.contracts.continuation import JobUpdate
+from comfyui_temporal.contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode, UnreadableReply
+from comfyui_temporal.contracts.permissions import Scene
+from comfyui_temporal.contracts.requests import RequestedJob, RequestOutcome
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import Ending, ended
+from tests.workflows.limits import limits_of
 from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
+from workflows.alarm import Alarm
+from workflows.attempts import Attempts
+from workflows.job_clock import JobClock
+from workflows.job_routes import IMAGE_ROUTES
+from workflows.outside_call import OutsideCall
+from workflows.step_labels import STEP_LABELS
+from workflows.stop import Stop
+from workflows.task_record import TaskRecord
 
 Task = dict[str, Any]
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 NO_POLLS = {"poll_after_seconds": 86_400.0, "poll_at_most_seconds": 86_400.0}
 RETRIED = [("gpu_preempted", False), ("lost", False), ("internal", True), ("gpu_on_fire", True)]
 NOT_RETRIED = [
@@ -170,6 +189,23 @@ async def test_a_dearer_job_tops_the_hold_up_first(brisk_platform: Platform, bal
     assert ("uncovered" in ending.exceptions) is not covered
 
 
+async def test_a_dearer_job_whose_hold_the_quota_refuses_gives_up_no_cover(brisk_platform: Platform) -> None:
+    """The points of the old hold would not help: the next hold is not asked for again without it."""
+    task = brisk_platform.image()
+    admin = brisk_platform.simulators.admin
+    await admin.comfyui.fault("job_preempt", route="submit_job", task_id=task["task_id"])
+    await admin.comfyui.fault(
+        "job_lie", route="submit_job", task_id=task["task_id"], nth=2, reply={"estimated_cost": 30}
+    )
+    body = {"detail": {"code": "40302", "message": "authorization_quota_exceeded"}}
+    refusal = {"status": 403, "body": body}
+    await admin.credits.fault("answer", route="pre_deduct", task_id=task["task_id"], nth=2, **refusal)
+    ending = await ended(brisk_platform, await brisk_platform.start(task))
+    assert (ending.code, ending.charged) == ("quota_exceeded", 0)
+    assert "uncovered" not in ending.exceptions
+    assert [entry.kind for entry in await admin.credits.ledger(task["task_id"])] == ["pre_deduct", "cancel"]
+
+
 async def test_a_cheaper_job_keeps_the_hold(brisk_platform: Platform) -> None:
     task = brisk_platform.image()
     comfyui = brisk_platform.simulators.admin.comfyui
@@ -291,3 +327,127 @@ async def test_a_training_completed_without_a_model_is_no_success(slow_platform:
     ending = await timed_out(slow_platform, handle, 30, {"output": output, "estimated_time": 10})
     assert ending.code == "timeout"
     assert "task.running publishing" in ending.kinds
+
+
+# A run that becomes long between two attempts
+
+
+class ContinuedAsNew(Exception):
+    """What ends a run that continues as new."""
+
+
+class Pause:
+    """Replaces all that a pause between two attempts needs. The run is long from `long_at` on."""
+
+    limits = limits_of(retry_after_seconds=[60.0])
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, long_at: datetime) -> None:
+        self.now, self._long_at = NOON, long_at
+        self.waits = self
+        patch.setattr(workflow, "now", lambda: self.now)
+        patch.setattr(workflow, "patched", lambda _: True)
+        patch.setattr(workflow, "wait_condition", self._wait_condition)
+
+    async def _wait_condition(self, happened: Callable[[], bool]) -> None:
+        assert happened()
+
+    async def until(self, happened: Callable[[], bool], *, at: datetime, summary: str) -> None:
+        while not happened() and self.now < at:
+            self.now += timedelta(seconds=1)
+
+    def raise_if_interrupted(self) -> None:
+        pass
+
+    def is_covered(self) -> bool:
+        return True
+
+    # Its clock and record
+
+    def not_started(self) -> None:
+        pass
+
+    def left_for_retry(self) -> datetime:
+        return NOON + timedelta(days=1)
+
+    def job_failed(self, details: ErrorDetails | None) -> None:
+        pass
+
+    def publish(self, *_: Any, **__: Any) -> None:
+        pass
+
+    # As a run that continues as new
+
+    def is_long(self) -> bool:
+        return self.now >= self._long_at
+
+    def has_waited(self) -> bool:
+        return False
+
+    async def continue_as_new_if_long(self) -> bool:
+        if self.is_long():
+            raise ContinuedAsNew
+        return False
+
+
+async def test_a_run_that_becomes_long_between_two_attempts_continues_before_the_pause_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pause without cover may last as long as an outage, and messages fill the history meanwhile."""
+    pause = Pause(monkeypatch, long_at=NOON + timedelta(seconds=10))
+    outside, record, clock = cast(OutsideCall, pause), cast(TaskRecord, pause), cast(JobClock, pause)
+    job = RequestedJob(attempt=1, key="t1:submit:1", asked_at=NOON, job_id="j1", cancelled=True)
+    attempts = Attempts(IMAGE_ROUTES, outside, record, clock, Stop(), Alarm(), [job], long_run=pause)
+    preempted = ErrorDetails(code=FailureCode.GPU_PREEMPTED)
+    with pytest.raises(ContinuedAsNew):
+        await attempts.wait_to_retry(JobUpdate(job_id="j1", sequence=1, status=TaskStatus.RUNNING, error=preempted))
+
+    assert pause.now == NOON + timedelta(seconds=10)
+    assert attempts.retry_at == NOON + timedelta(seconds=60), "the next run goes on with the pause"
+
+
+# A job whose id cannot be learned
+
+
+class Unreadable:
+    """Replaces the calls of a task and its record: ComfyUI's answers stay unreadable."""
+
+    call_for = CallFor(task_id="t1", tenant_id="tenant", user_id="user", scene=Scene.IMAGE_GENERATE)
+    labels = STEP_LABELS[Scene.IMAGE_GENERATE]
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, bool]] = []
+        """Key, and whether it is an undo that asks."""
+        self.exceptions: list[tuple[str, ExceptionCode, str | None]] = []
+
+    async def until_answered(self, method: Any, post: Post[JobRequest], *, summary: str) -> Answer[Any]:
+        assert method is IMAGE_ROUTES.submit
+        self.asked.append((post.key, post.is_undo))
+        return Answer(refusal=UnreadableReply(sentence="The answer is no JSON."))
+
+    def record_exception(self, key: str, code: ExceptionCode, message: str, *, job_id: str | None) -> None:
+        assert message.endswith("it runs out. The answer is no JSON.")
+        self.exceptions.append((key, code, job_id))
+
+
+async def test_a_job_whose_id_stays_unreadable_is_recorded_once() -> None:
+    """It was asked for during 15 minutes."""
+    calls = Unreadable()
+    body = JobRequest(
+        task_id="t1",
+        tenant_id="tenant",
+        user_id="user",
+        template_id="upscale",
+        prompt="a cat",
+        resolution=Resolution.HD,
+        priority=TaskPriority.STANDARD,
+        callback_url="http://gateway.test/callbacks/comfyui/t1",
+    )
+    job = RequestedJob(attempt=1, key="t1:submit:1", request=body, asked_at=NOON)
+    outside, record, clock = cast(OutsideCall, calls), cast(TaskRecord, calls), cast(JobClock, None)
+    attempts = Attempts(IMAGE_ROUTES, outside, record, clock, Stop(), Alarm(), [job])
+    for _ in range(2):
+        await attempts.cancel_all("cancelled")
+
+    assert calls.asked == [("t1:submit:1", True)]
+    assert calls.exceptions == [("undo_job:1", ExceptionCode.UNDO_UNFINISHED, None)]
+    assert (job.outcome, job.request) == (RequestOutcome.REFUSED, None)

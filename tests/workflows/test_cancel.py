@@ -143,6 +143,23 @@ async def test_cancelled_while_a_call_is_retried_in_an_outage(working: Platform,
         await ended_cancelled(working, handle, way, outcomes)
 
 
+@pytest.mark.parametrize("kind", ["image", "training"])
+async def test_a_cancel_that_comes_while_a_delivery_is_charged_is_too_late(working: Platform, kind: str) -> None:
+    """It is answered at once, though the credits service is away."""
+    handle = await start(working, kind)
+    task_id = handle.id.removeprefix("task-")
+    await working.until_held(task_id)
+    credits = working.simulators.admin.credits
+    away = await credits.fault("error", route="commit", task_id=task_id, status=503, times=None)
+    await working.simulators.admin.comfyui.act((await working.job(handle)).run_id, "finish")
+    await working.until_hit("commit", away)
+    async with asyncio.timeout(10):
+        assert await working.cancel(handle) == "too_late"
+    await credits.remove_fault(away)
+    ending = await ended(working, handle)
+    assert ending.status is TaskStatus.COMPLETED and ending.charged > 0
+
+
 async def test_cancelled_while_the_gpu_list_is_requested(working: Platform) -> None:
     await working.simulators.admin.comfyui.fault("error", route="list_gpus", times=None)
     for way, handle in (await each_way(working, "training")).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,25 @@ import pytest
 import pytest_asyncio
 from temporalio.testing import WorkflowEnvironment
 
+from activities import credits as credits_calls
+from comfyui_temporal.contracts.calls import LedgerQuery
 from comfyui_temporal.contracts.credits import CHARGE_REASON, LedgerEntry
 from comfyui_temporal.contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult
-from comfyui_temporal.contracts.tasks import CreditsSummary, SettlementState, TaskStatus
+from comfyui_temporal.contracts.tasks import CANCEL_SIGNAL, CancelTask, CreditsSummary, SettlementState, TaskStatus
 from proof.simulators.admin_wire import Fault
+from proof.simulators.credits_profile import CONTRACT, FIELD
 from store import TaskStore
 from store.by_hand import Found
 from tests.conftest import NewDatabase, unique
 from tests.workflows.books import check_histories, ended, give_back
-from tests.workflows.payers import Payer, end_open_holds, holds_of, new_payer
+from tests.workflows.payers import Payer, end_open_holds, has_kinds, holds_of, new_payer
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
-from tests.workflows.resets import points_of, reset
-from tests.workflows.test_settlement import expired, start_reporting
-from workflows import ledger_search
+from tests.workflows.resets import point_before, points_of, reset
+from tests.workflows.test_reset_settlement import charged_and_reset, stalled
+from tests.workflows.test_settlement import delivered, expired, start_reporting
+from tests.workflows.test_task_ledger import SHAPES, OneHold
+from tests.workflows.test_task_ledger import entries_of as entries_of_hold
+from workflows import correction, ledger_search
 from workflows.correction import corrected
 from workflows.task_ledger import TaskLedger
 
@@ -38,11 +45,12 @@ async def alone(
     new_database: NewDatabase,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> AsyncIterator[Platform]:
     """A platform whose store holds no other test's rows, and whose runs look into the ledger for a second only."""
     monkeypatch.setattr(ledger_search, "LOOK_FOR", timedelta(seconds=1))
-    store = TaskStore(await new_database())
-    async with running_platform(temporal_env, store, tmp_path, speed=2_000) as platform:
+    store, profile = TaskStore(await new_database()), getattr(request, "param", CONTRACT)
+    async with running_platform(temporal_env, store, tmp_path, speed=2_000, credits_profile=profile) as platform:
         platform.policy = {"deadline_factor": 5_000.0}
         async with platform.worker():
             yield platform
@@ -153,7 +161,128 @@ def test_a_charge_alone_settles_a_task_that_was_never_held(held: int, shown: boo
     assert (found.charged if found else None) == charged
 
 
-async def test_the_part_of_a_price_that_was_never_charged_is_the_shortfall_once_corrected(alone: Platform) -> None:
+LONGEST = 4
+"""Entries of a page, in place of 1,000."""
+
+
+@pytest.mark.parametrize("alone", [FIELD], indirect=True, ids=["field"])
+@pytest.mark.parametrize(("since", "is_shown"), [(2, True), (3, False)], ids=["all in sight", "its hold cut off"])
+async def test_a_ledger_that_is_cut_corrects_a_task_of_which_it_shows_everything(
+    alone: Platform, monkeypatch: pytest.MonkeyPatch, since: int, is_shown: bool
+) -> None:
+    """The account has more entries than a page without a next one shows: an older one is no entry of the task."""
+    monkeypatch.setattr(credits_calls, "LONGEST_PAGE", LONGEST)
+    monkeypatch.setattr(correction, "LedgerQuery", partial(LedgerQuery, limit=LONGEST))
+    payer = await new_payer(alone)
+    handle, lag = await committed_unseen(payer)
+    result = await handle.result()
+    assert result["credits"]["settlement"] == "unknown"
+    await alone.simulators.admin.credits.remove_fault(lag)
+    for n in range(since):
+        await payer.has(200_000 + n)  # each is an entry of the account
+
+    assert (await reconcile(alone)).corrected == int(is_shown)
+    known = {"settlement": SettlementState.SETTLED, "charged": HD, "returned": 0} if is_shown else {}
+    assert await credits_in_row(alone, handle) == {**result["credits"], **known}
+
+
+COMMITTED, BACK = OneHold(1, HD, "commit", HD), OneHold(2, HD, "cancel")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shown", "granted", "lives", "charged"),
+    [
+        ([BACK, COMMITTED], 2, 0, HD),
+        ([BACK], 1, 0, 0),
+        ([BACK], 2, 0, None),
+        ([COMMITTED], 2, 0, None),
+        ([OneHold(2, HD)], 1, 0, None),
+        ([COMMITTED, OneHold(2, HD)], 2, 0, None),
+        ([BACK], 1, 1, None),
+        ([BACK], 1, None, None),
+        ([], 0, 0, None),
+    ],
+    ids=[
+        "renewed and charged",
+        "given back",
+        "its older hold cut off",
+        "a renewal's end not shown",
+        "still open",
+        "an open hold in the place of one that is cut off",
+        "an earlier life may have charged before",
+        "whether it was reset is not known",
+        "nothing of it",
+    ],
+)
+def test_a_cut_ledger_settles_only_what_it_shows_from_the_first_hold_on(
+    shown: list[OneHold], granted: int, lives: int | None, charged: int | None, shape: str
+) -> None:
+    entries = [entry for hold in shown for entry in entries_of_hold(hold, shape)]
+    recorded = CreditsSummary(held=HD, pre_deduct_count=granted, settlement=SettlementState.UNKNOWN)
+    found = corrected(recorded, TaskLedger(entries[::-1], is_complete=False), lives=lives)
+    assert (found.charged if found else None) == charged
+
+
+@pytest.mark.parametrize("shows", ["its hold's end", "nothing"])
+@pytest.mark.parametrize("how", ["cancelled", "given back"])
+async def test_a_charge_in_doubt_does_not_count_as_none_while_the_ledger_does_not_show_it(
+    alone: Platform, how: str, shows: str
+) -> None:
+    """The hold had ended long before its charge, then the run was reset. `shows`: the ledger at the task's end."""
+    payer = await new_payer(alone)
+    credits, lag = alone.simulators.admin.credits, {"tenant_id": payer.tenant_id, "seconds": 100 * HOURS}
+    run = await charged_and_reset(alone, payer, lag_seconds=100 * HOURS)
+    if shows == "nothing":
+        await credits.remove_faults()
+        await credits.fault("ledger_lag", **lag | {"seconds": 300 * HOURS})
+    await alone.until_settled(run)
+    if how == "cancelled":
+        await run.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
+    else:
+        await run.terminate("by a test")
+        assert (await (await give_back(alone, run)).result())["outcome"] == "settlement_unknown"
+    await alone.until(lambda: _is_unknown(alone, run))
+    await credits.remove_faults()
+    await credits.fault("ledger_lag", **lag)
+    assert (await reconcile(alone)).corrected == 0
+    assert (await credits_in_row(alone, run))["settlement"] == "unknown"
+    await credits.remove_faults()
+    assert (await reconcile(alone)).corrected == 1
+    shown = await credits_in_row(alone, run)
+    assert (shown["charged"], shown["returned"], shown["settlement"]) == (HD, 0, "settled")
+
+
+async def test_a_charge_in_doubt_is_awaited_where_the_run_that_was_reset_delivers(alone: Platform) -> None:
+    """The ledger hid everything from it. It had sent no charge itself: only the history before the reset has one."""
+    payer = await new_payer(alone)
+    credits, lag = alone.simulators.admin.credits, {"tenant_id": payer.tenant_id, "seconds": 100 * HOURS}
+    handle = await stalled(alone, payer.image())
+    how = await end_open_holds(alone, handle)
+    await credits.advance(100 * HOURS)
+    await credits.fault("delay", route="charge", tenant_id=payer.tenant_id, when="after", seconds=60)
+    await delivered(alone, handle)
+    await alone.until(lambda: has_kinds(alone, handle, "pre_deduct", how, "charge"))
+    await credits.fault("ledger_lag", **lag | {"seconds": 300 * HOURS})
+    run = await reset(alone, handle, await point_before(alone, handle, "commit"))
+    result = await run.result()
+    assert (result["status"], result["credits"]["settlement"]) == (TaskStatus.COMPLETED, "unknown")
+    await credits.remove_faults()
+    await credits.fault("ledger_lag", **lag)
+    assert (await reconcile(alone)).corrected == 0, "the ledger shows the hold's end, and the charge not yet"
+    await credits.remove_faults()
+    assert (await reconcile(alone)).corrected == 1
+    shown = await credits_in_row(alone, run)
+    assert (shown["charged"], shown["shortfall"], shown["settlement"]) == (HD, 0, "settled")
+
+
+async def _is_unknown(platform: Platform, handle: Handle) -> bool:
+    return bool((await credits_in_row(platform, handle))["settlement"] == "unknown")
+
+
+async def test_the_part_of_a_price_that_was_never_charged_is_the_shortfall_once_a_day_has_passed(
+    alone: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 2,460 points 2,000 were charged; the answer to the second part leaves open what became of it."""
     payer = await new_payer(alone)
     admin, task = alone.simulators.admin, payer.training(max_credits=5_000)
@@ -162,6 +291,8 @@ async def test_the_part_of_a_price_that_was_never_charged_is_the_shortfall_once_
     handle = await start_reporting(alone, task, gpu_hours=40, gpu_hours_used=40)
     await expired(alone, handle)
     assert (await handle.result())["credits"]["settlement"] == "unknown"
+    assert (await reconcile(alone)).corrected == 0, "the second part may be shown later"
+    monkeypatch.setattr(correction, "LAST_LOOK_AFTER", timedelta(0))
     assert (await reconcile(alone)).corrected == 1
     credits = await credits_in_row(alone, handle)
     assert (credits["charged"], credits["shortfall"]) == (2_000, 460)

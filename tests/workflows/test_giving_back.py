@@ -202,6 +202,77 @@ async def test_a_hold_that_was_taken_twice_is_recorded_with_its_amount(
     assert len(open_holds) == (1 if ledger == "by reason" else 0)
 
 
+LAGS = pytest.mark.parametrize(("lag", "record"), [(5, "hold_doubled"), (90, "undo_unfinished")])
+
+
+async def held_twice_by_a_late_ledger(platform: Platform, lag: float) -> Handle:
+    """A task whose first hold's answer is lost; no keys are kept, and the ledger, by reason, lags by `lag` seconds."""
+    payer = await new_payer(platform)
+    await payer.has_plain_service()
+    credits = platform.simulators.admin.credits
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=lag)
+    await credits.fault("drop", route="pre_deduct", tenant_id=payer.tenant_id)
+    handle = await start_held(platform, payer.image())
+    await until_started(platform, handle)
+    return handle
+
+
+async def cancelled_and_looked_for(platform: Platform, handle: Handle) -> None:
+    """Cancel a task whose doubled hold is then looked for: for a minute, if it has to be."""
+    await handle.start_update("cancel_task", {"reason": ""}, wait_for_stage=WorkflowUpdateStage.ACCEPTED)
+    await platform.until(lambda: has_kind(platform, handle, "cancel"))
+    await platform.until_settled(handle)
+    await platform.pass_time(handle, 65)
+
+
+async def has_kind(platform: Platform, handle: Handle, kind: str) -> bool:
+    return kind in await kinds_of(platform, handle)
+
+
+@pytest.mark.on_both_profiles
+@LAGS
+async def test_a_hold_that_was_taken_twice_is_recorded_where_the_ledger_lags(
+    patient_platform: Platform, lag: float, record: str
+) -> None:
+    """At first it shows neither hold, or the first alone, and not the end of the task's own."""
+    handle = await held_twice_by_a_late_ledger(patient_platform, lag)
+    await cancelled_and_looked_for(patient_platform, handle)
+    ending = await ended(patient_platform, handle, exempt={"hold_expires"})
+    assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, [record])
+    assert [each.details.get("amount") for each in ending.records] == [HD if record == "hold_doubled" else None]
+
+
+@pytest.mark.on_both_profiles
+@LAGS
+async def test_a_hold_that_was_taken_twice_is_recorded_by_a_give_back_where_the_ledger_lags(
+    patient_platform: Platform, lag: float, record: str
+) -> None:
+    handle = await held_twice_by_a_late_ledger(patient_platform, lag)
+    await patient_platform.until_settled(handle)
+    await handle.terminate()
+    giving_back = await give_back(patient_platform, handle)
+    await patient_platform.until(lambda: has_kind(patient_platform, handle, "cancel"))
+    await patient_platform.until_settled(giving_back)
+    await patient_platform.pass_time(giving_back, 65)
+    assert (await giving_back.result())["outcome"] == "given_back"
+    exceptions = await patient_platform.store.exceptions(task_id=task_id_of(handle))
+    assert {each.code for each in exceptions} == {"internal", record}
+
+
+@pytest.mark.on_both_profiles
+async def test_a_hold_that_was_taken_twice_is_recorded_beside_one_that_could_not_be_cancelled(
+    patient_platform: Platform,
+) -> None:
+    """No end of an own hold shows that a ledger that lags has caught up: it is looked at for a minute."""
+    handle = await held_twice_by_a_late_ledger(patient_platform, 5)
+    await refuse_cancels(patient_platform, handle)
+    await handle.start_update("cancel_task", {"reason": ""}, wait_for_stage=WorkflowUpdateStage.ACCEPTED)
+    await patient_platform.until_settled(handle, seconds=1)
+    await patient_platform.pass_time(handle, 65)
+    ending = await ended(patient_platform, handle, exempt={"hold_expires"})
+    assert (ending.status, set(ending.exceptions)) == (TaskStatus.CANCELLED, {"hold_left_to_expiry", "undo_unfinished"})
+
+
 @pytest.mark.by_contract("the ledger shows ids")
 @pytest.mark.parametrize("message", ["amount_invalid", "pre_deduct_not_found"])
 @pytest.mark.parametrize("fate", ["commit", "cancel"])
@@ -286,21 +357,40 @@ async def test_a_hold_that_was_requested_twice_and_taken_once_is_not_doubled(qui
     assert (ending.status, ending.exceptions) == (TaskStatus.COMPLETED, [])
 
 
-@pytest.mark.parametrize("acts", [True, False], ids=["acted", "did not act"])
+@pytest.mark.by_contract("keys are kept")
+async def test_a_hold_that_was_taken_once_is_not_doubled_where_the_ledger_lags(patient_platform: Platform) -> None:
+    """Nothing is shown at first; then the entries have kinds, and such a service keeps keys."""
+    payer = await new_payer(patient_platform)
+    credits = patient_platform.simulators.admin.credits
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=30)
+    await credits.fault("drop", route="pre_deduct", tenant_id=payer.tenant_id)
+    handle = await start_held(patient_platform, payer.image())
+    await until_started(patient_platform, handle)
+    await cancelled_and_looked_for(patient_platform, handle)
+    ending = await ended(patient_platform, handle)
+    assert (ending.status, ending.exceptions) == (TaskStatus.CANCELLED, [])
+
+
+@pytest.mark.on_both_profiles
+@pytest.mark.parametrize(("acts", "lag"), [(True, 0), (True, 5), (False, 0)], ids=["acted", "late", "did not act"])
 async def test_a_hold_that_was_refused_after_a_lost_answer_is_recorded_only_where_it_was_taken(
-    quick_platform: Platform, acts: bool
+    patient_platform: Platform, acts: bool, lag: float
 ) -> None:
     """Without keys the repeat is a request of its own: its refusal says nothing about the first one."""
-    payer = await new_payer(quick_platform)
-    credits = quick_platform.simulators.admin.credits
-    await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
-    await credits.fault("ignore_keys", tenant_id=payer.tenant_id)
+    payer = await new_payer(patient_platform)
+    await payer.has_plain_service()
+    credits = patient_platform.simulators.admin.credits
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=lag)
     pre_deduct = {"route": "pre_deduct", "tenant_id": payer.tenant_id}
     await credits.fault("drop", **pre_deduct, when="after" if acts else "before")
     refusal = {"detail": {"code": "40302", "message": "insufficient_balance"}}
-    await credits.fault("answer", **pre_deduct, nth=2, status=403, body=refusal)
-    handle = await quick_platform.start(payer.image())
-    ending = await ended(quick_platform, handle, exempt={"hold_expires"})
+    refused = await credits.fault("answer", **pre_deduct, nth=2, status=403, body=refusal)
+    handle = await patient_platform.start(payer.image())
+    await patient_platform.until_hit("pre_deduct", refused)
+    await patient_platform.until_settled(handle, seconds=1)
+    if not acts or lag:
+        await patient_platform.pass_time(handle, 65)
+    ending = await ended(patient_platform, handle, exempt={"hold_expires"})
     assert (ending.status, ending.code) == (TaskStatus.FAILED, "insufficient_balance")
     doubled = [record.details["amount"] for record in ending.records if record.code == "hold_doubled"]
     assert doubled == ([HD] if acts else [])

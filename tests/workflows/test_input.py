@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from temporalio import workflow
 from temporalio.api.common.v1 import Payload
+from temporalio.api.history.v1 import WorkflowExecutionContinuedAsNewEventAttributes
 from temporalio.client import WorkflowFailureError
 from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 
 from comfyui_temporal.contracts.continuation import Continuation
+from comfyui_temporal.contracts.give_back import GiveBackRun
+from comfyui_temporal.contracts.handed_on import Doubtful
 from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, TaskStatus, workflow_id_of
-from tests.workflows.books import check_histories, ended
+from tests.workflows.books import CLOSE_EVENT, check_histories, ended
 from tests.workflows.platform import Handle, Platform, task_id_of
+from tests.workflows.resets import points_of, reset
+from workflows.guards import NotReadHere, validated
 
 Task = dict[str, Any]
 MOST_SECONDS = 2
@@ -165,6 +173,49 @@ async def test_a_bad_field_is_named_and_nothing_is_called(brisk_platform: Platfo
     assert await brisk_platform.store.task(task["task_id"]) is None
 
 
+REFUSED: dict[str, Task] = {
+    "unknown field": BAD_FIELDS["unknown field"],
+    "blank prompt": BAD_IMAGE_FIELDS["blank prompt"],
+    "forged state": BAD_FIELDS["forged state"],
+}
+UNREADABLE = {"unknown priority": BAD_FIELDS["unknown priority"]}
+
+
+@pytest.mark.parametrize("fields", REFUSED.values(), ids=REFUSED)
+async def test_a_run_that_was_refused_is_refused_again_when_it_is_reset(brisk_platform: Platform, fields: Task) -> None:
+    """No worker has accepted its input: the store knows no claim of it."""
+    handle = await brisk_platform.start(task := brisk_platform.image(**fields))
+    sentence = await assert_refused(brisk_platform, handle)
+    [point] = await points_of(brisk_platform, handle)
+    run = await reset(brisk_platform, handle, point)
+    assert await assert_refused(brisk_platform, run) == sentence
+    assert await requests_of(brisk_platform, task["task_id"]) == []
+    assert await brisk_platform.store.task(task["task_id"]) is None
+
+
+@pytest.mark.parametrize("fields", (REFUSED | UNREADABLE).values(), ids=REFUSED | UNREADABLE)
+async def test_each_run_of_a_cron_schedule_whose_input_is_refused_is_refused(
+    brisk_platform: Platform, fields: Task
+) -> None:
+    """The next run continues from the refused one: nobody has accepted it."""
+    task = brisk_platform.image(**fields)
+    run = await brisk_platform.start(task, cron_schedule="@every 1s")
+    for _ in range(3):
+        failed = await asyncio.wait_for(_followed(run), 20)
+        assert failed.failure.application_failure_info.type == "input_invalid"
+        assert next(iter(fields)) in failed.failure.message
+        run = brisk_platform.client.get_workflow_handle(run.id, run_id=failed.new_execution_run_id)
+    await run.terminate("by a test")
+    assert await requests_of(brisk_platform, task["task_id"]) == []
+    assert await brisk_platform.store.task(task["task_id"]) is None
+
+
+async def _followed(run: Handle) -> WorkflowExecutionContinuedAsNewEventAttributes:
+    """How a run ended that another one of its schedule follows; waits for its end."""
+    [end] = [event async for event in run.fetch_history_events(wait_new_event=True, event_filter_type=CLOSE_EVENT)]
+    return end.workflow_execution_continued_as_new_event_attributes
+
+
 @pytest.mark.parametrize("field", ["task_id", "tenant_id", "user_id", "template_id", "prompt"])
 async def test_a_missing_field_is_named(brisk_platform: Platform, field: str) -> None:
     task = brisk_platform.image()
@@ -226,6 +277,19 @@ async def test_what_only_the_policy_can_refuse_is_an_accepted_task_that_failed(
     ending = await ended(brisk_platform, handle := await brisk_platform.start(task))
     assert ending.code == "input_invalid"
     assert await requests_of(brisk_platform, task_id_of(handle)) == []
+
+
+@pytest.mark.parametrize("starter", ["the reconciler", "a caller"])
+def test_a_give_back_that_a_newer_reconciler_starts_waits_for_a_worker_that_can_read_it(
+    monkeypatch: pytest.MonkeyPatch, starter: str
+) -> None:
+    """Refused, it would end, and the credits would stay held until a newer worker happens to take the next one."""
+    parent = SimpleNamespace() if starter == "the reconciler" else None
+    info = SimpleNamespace(parent=parent, continued_run_id=None, run_id="r", first_execution_run_id="r")
+    monkeypatch.setattr(workflow, "info", lambda: info)
+    monkeypatch.setattr(workflow.unsafe, "is_replaying", lambda: False)
+    with pytest.raises(NotReadHere if starter == "the reconciler" else ApplicationError):
+        validated(Doubtful("reason: String should have at most 500 characters"), GiveBackRun)
 
 
 # One id, one task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,7 +17,7 @@ from comfyui_temporal.contracts.continuation import JobUpdate, WatchState
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, FailureCode, Refusal
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.scenes import SCENES
-from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_SIGNAL_BYTES
+from comfyui_temporal.contracts.size_budget import MAX_INBOX, MAX_READ_BYTES, MAX_SIGNAL_BYTES, SMALL_SIGNAL_BYTES
 from comfyui_temporal.contracts.task_store import Heard, HeardOrder
 from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.ticks import digest_of
@@ -119,6 +120,7 @@ class Watched:
         self.now = NOON
         patch.setattr(workflow, "now", lambda: self.now)
         patch.setattr(workflow, "patched", lambda _: True)
+        patch.setattr(workflow, "info", lambda: SimpleNamespace(continued_run_id=None))
         self.record, self.polls = FakeRecord(), Polls(limits or limits_of())
         self.updates: list[int] = []
         self.watch = JobWatch(
@@ -261,6 +263,18 @@ def test_an_inbox_full_of_final_messages_drops_the_oldest(watched: Watched) -> N
         watched.watch.take(json.dumps(delivered(sequence)).encode())
 
     assert [update.sequence for update in watched.state.inbox] == [*range(1, MAX_INBOX + 1)]
+
+
+def test_a_run_reads_eight_of_the_largest_messages_and_then_small_ones_alone(watched: Watched) -> None:
+    """Each is read again with every replay: a flood of them would make a workflow task too long."""
+    largest = MAX_READ_BYTES // MAX_SIGNAL_BYTES
+    for sequence in range(1, largest + 2):
+        watched.watch.take(json.dumps(said(sequence)).encode().ljust(MAX_SIGNAL_BYTES))
+    watched.watch.take(json.dumps(said(100)).encode().ljust(SMALL_SIGNAL_BYTES))
+
+    assert largest == 8
+    assert [update.sequence for update in watched.state.inbox] == [*range(1, 9), 100]
+    assert watched.state.callbacks_refused == 1
 
 
 def test_what_comes_before_its_job_is_known_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,9 +525,10 @@ def test_the_figures_of_a_job_that_ticks_are_as_old_as_a_silence_before_a_poll_a
     silence = {"poll_after_seconds": spec.poll_after_seconds, "poll_at_most_seconds": spec.poll_at_most_seconds}
     watched = Watched(monkeypatch, limits=limits_of(short_way=True, **silence))
     watched.watch.follow("j1")
-    watched.receive(said(1, next_eta=(NOON + timedelta(days=3)).isoformat()))
+    next_eta = NOON + timedelta(days=3)
+    watched.receive(said(1, next_eta=next_eta.isoformat()))
     for sequence in range(2, 6):
-        watched.polls.heard = Heard(sequence=sequence, progress=1.0, seconds_ago=1.0)
+        watched.polls.heard = Heard(sequence=sequence, progress=1.0, next_eta=next_eta, seconds_ago=1.0)
         watched.look()
         assert watched.record.as_of is not None
         due = watched.watch.due()
@@ -528,6 +543,62 @@ def test_a_job_that_stays_silent_is_polled_after_a_second_look(expected_late: Wa
 
     assert len(expected_late.polls.looks) == 2
     assert [poll.job_id for poll in expected_late.polls.all] == ["j1"]
+
+
+@pytest.fixture
+def half_lost(expected_late: Watched) -> Watched:
+    """ComfyUI answered 404 once; a second one would end the job in ten seconds."""
+    expected_late.look()
+    expected_late.look()
+    expected_late.watch.check()
+    [poll] = expected_late.polls.all
+    poll.answer = Answer(refusal=UNKNOWN)
+    expected_late.watch.read()
+    assert expected_late.due_in() == 10.0
+    return expected_late
+
+
+def test_a_job_that_ticks_after_a_404_is_known(half_lost: Watched) -> None:
+    """Seen: the second 404 ended it as lost. A signal in between keeps it."""
+    half_lost.polls.heard = Heard(sequence=90, progress=60.0, seconds_ago=4.0)
+    half_lost.look()
+
+    assert len(half_lost.polls.all) == 1
+    assert half_lost.due_in() == 26.0
+    assert half_lost.record.applied[-1] == (90, False)
+
+
+@pytest.mark.parametrize(
+    "heard", [None, Heard(sequence=90, progress=60.0, seconds_ago=12.0)], ids=["nothing", "before"]
+)
+def test_a_job_that_was_not_heard_since_a_404_is_lost_with_the_second(half_lost: Watched, heard: Heard | None) -> None:
+    half_lost.polls.heard = heard
+    half_lost.look()
+    half_lost.watch.check()
+    half_lost.polls.all[1].answer = Answer(refusal=UNKNOWN)
+    half_lost.watch.read()
+
+    newest = half_lost.watch.newest
+    assert newest is not None and newest.error is not None and newest.error.code == "lost"
+
+
+@pytest.mark.parametrize("seconds_ago", [None, 100.0, 330.0], ids=["nothing", "since the 404", "before"])
+def test_what_was_heard_while_a_second_404_was_awaited_decides_whether_the_job_is_lost(
+    half_lost: Watched, seconds_ago: float | None
+) -> None:
+    """Seen: a job that ticked all the time ended as lost, where the poll took five minutes."""
+    half_lost.look()
+    half_lost.watch.check()
+    half_lost.pass_seconds(300)
+    half_lost.polls.all[1].answer = Answer(refusal=UNKNOWN)
+    half_lost.polls.heard = Heard(sequence=90, progress=60.0, seconds_ago=seconds_ago) if seconds_ago else None
+    half_lost.watch.read()
+    assert len(half_lost.polls.looks) == 4
+    half_lost.watch.read()
+
+    newest = half_lost.watch.newest
+    assert newest is not None
+    assert (newest.error is None) == (seconds_ago == 100.0)
 
 
 @pytest.mark.parametrize("answer", ["the same state", "unknown", "unreadable"])
@@ -550,6 +621,14 @@ def test_one_last_poll_is_made_before_a_timeout(ticking: Watched, answer: str) -
 
     ticking.pass_seconds(60)
     assert ticking.watch.asks_before_timeout(ticking.now), "a later deadline has a last poll of its own"
+
+
+def test_a_job_that_reported_to_its_run_is_not_polled_before_a_timeout(ticking: Watched) -> None:
+    """Its task ends at the deadline: no answer is awaited."""
+    ticking.receive(said(5))
+
+    assert not ticking.watch.asks_before_timeout(ticking.now)
+    assert ticking.polls.all == []
 
 
 def test_a_poll_that_was_dropped_is_not_read(watched: Watched) -> None:

@@ -16,15 +16,19 @@ from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.errors import FailureCode
 from comfyui_temporal.contracts.tasks import ImageTask
 from tests.workflows.probe import probed
+from workflows.give_back import ManualCall
 from workflows.outside_call import RETRY, RETRY_SILENCE_ONLY, OutsideCall
 from workflows.stop import Stop
 
 
-def calls_of(priority: TaskPriority) -> OutsideCall:
-    task = ImageTask(
+def task_of(priority: TaskPriority) -> ImageTask:
+    return ImageTask(
         task_id="t1", tenant_id="tenant", user_id="user", template_id="upscale", prompt="a cat", priority=priority
     )
-    return OutsideCall(task, Stop())
+
+
+def calls_of(priority: TaskPriority) -> OutsideCall:
+    return OutsideCall(task_of(priority), Stop())
 
 
 async def scheduled(
@@ -81,3 +85,15 @@ async def test_a_key_names_task_step_and_number(temporal_env: WorkflowEnvironmen
         return calls_of(TaskPriority.STANDARD).key("pre_deduct", 2)
 
     assert (await probed(temporal_env, lines)).result == "t1:pre_deduct:2"
+
+
+async def test_a_give_back_repeats_a_requests_key_and_cancels_under_one_that_the_run_never_used(
+    temporal_env: WorkflowEnvironment,
+) -> None:
+    """Under another key a repeated request for a hold takes a second one. The run's cancel had another reason."""
+
+    async def lines() -> list[str]:
+        manual = ManualCall(task_of(TaskPriority.STANDARD), Stop())
+        return [manual.key(step, 2) for step in ("pre_deduct", "cancel")]
+
+    assert (await probed(temporal_env, lines)).result == ["t1:pre_deduct:2", "t1:give_back:2"]

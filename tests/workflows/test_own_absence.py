@@ -6,14 +6,16 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
 import pytest_asyncio
 from temporalio.testing import WorkflowEnvironment
 
 from comfyui_temporal.contracts.tasks import TaskStatus
 from store import TaskStore
 from tests.workflows.books import ended
-from tests.workflows.payers import kinds_of, until_price_shown
+from tests.workflows.payers import kinds_of, new_payer, until_price_shown
 from tests.workflows.platform import Handle, Platform, running_platform, sent, task_id_of
+from workflows import ledger_search
 
 OPENING_CALL = 5.0
 """Seconds for which a call that begins something is retried: 15 minutes, by policy."""
@@ -61,6 +63,25 @@ async def test_a_hold_that_no_worker_requests_is_taken_once_they_are_back(platfo
     posts = await sent(handle, "pre_deduct")
     assert all((post["key"], post["body"]) == (posts[0]["key"], posts[0]["body"]) for post in posts)
     assert await kinds_of(platform, handle) == ["pre_deduct", "commit"]
+
+
+async def test_a_hold_that_no_worker_requested_at_first_counts_as_requested_once(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service keeps no keys and its ledger is late: a second hold would be looked for, and recorded as unknown."""
+    monkeypatch.setattr(ledger_search, "DOUBLED_FOR", timedelta(seconds=1))
+    payer = await new_payer(platform)
+    await payer.has_plain_service()
+    await platform.simulators.admin.credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=1_000_000)
+    async with platform.worker():
+        handle = await platform.start(payer.training(max_credits=None))
+        await until_price_shown(platform, handle, 120)
+    async with platform.worker(no_remote_activities=True):
+        await handle.execute_update("confirm_price", {"max_credits": 120})
+        await until_scheduled(platform, handle, "pre_deduct", 2)
+    async with platform.worker():
+        ending = await ended(platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 120, [])
 
 
 async def test_no_task_waits_for_workers_beyond_its_time(platform: Platform) -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
 
-from comfyui_temporal.contracts.tasks import TaskStatus
+import pytest
+from temporalio import workflow
+
+from comfyui_temporal.contracts.credits import Estimate
+from comfyui_temporal.contracts.requests import HoldState
+from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
 from tests.workflows.books import ended
 from tests.workflows.payers import holds_of, kinds_of, new_payer
 from tests.workflows.platform import Handle, Platform, sent, task_id_of
+from tests.workflows.test_ledger_search import Looks
+from workflows.credit_hold import CreditHold
+from workflows.failures import TaskFailed
+from workflows.interruptible import InterruptibleWaits
+from workflows.outside_call import OutsideCall
+from workflows.row_look import LOOK_AGAIN_AT_MOST, RowLook
+from workflows.task_record import TaskRecord
 
 pytestmark = pytest.mark.on_both_profiles
 HD = 18 + 6
@@ -81,3 +94,41 @@ async def test_the_estimate_is_read_once_for_each_attempt(quick_platform: Platfo
     await ended(quick_platform, handle)
     seen = await quick_platform.simulators.admin.credits.requests_seen("estimate")
     assert [request.task_id for request in seen].count(task_id_of(handle)) == 1
+
+
+class StoreAway(RowLook):
+    """The task store is away for the first look; the row knows of no earlier life."""
+
+    looks = 0
+
+    async def once(self) -> bool:
+        self.looks += 1
+        return self.looks > 1
+
+
+class Waited:
+    """Replaces the waits of a run; what each is called in the Temporal UI, and how long it is."""
+
+    def __init__(self) -> None:
+        self.summaries: list[str] = []
+        self.spans: list[timedelta] = []
+
+    async def until(self, *_: Any, at: datetime, summary: str) -> bool:
+        self.summaries.append(summary)
+        self.spans.append(at - workflow.now())
+        return False
+
+
+async def test_a_balance_is_called_too_short_once_the_store_is_back_and_the_wait_names_its_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An earlier life may hold the points. Step table 1 settles in row 5, where the task's row is read."""
+    outside, waited = cast(OutsideCall, Looks(monkeypatch)), Waited()
+    outside.waits = cast(InterruptibleWaits, waited)
+    task = ImageTask(task_id="t", tenant_id="a", user_id="b", template_id="upscale", prompt="a cat")
+    record, deadline = cast(TaskRecord, None), datetime(2026, 3, 1, 13, tzinfo=UTC)
+    hold = CreditHold(task, outside, record, lambda: deadline, HoldState(), StoreAway(outside))
+    with pytest.raises(TaskFailed, match=f"the balance is {HD - 1}"):
+        await hold.check_balance(Estimate(selected_cost=HD, current_balance=HD - 1))
+    assert waited.summaries == ["5 wait: read the task's row (once the store is back)"]
+    assert waited.spans == [LOOK_AGAIN_AT_MOST], "a store that is away is not asked without a pause"

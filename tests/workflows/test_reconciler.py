@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from temporalio.client import WorkflowExecutionStatus
+from temporalio.client import Client, WorkflowExecutionStatus
 from temporalio.common import WorkflowIDReusePolicy
+from temporalio.service import RPCError, RPCStatusCode
 from temporalio.testing import WorkflowEnvironment
 
 from activities import closed_runs
 from comfyui_temporal.contracts.give_back import give_back_id_of
 from comfyui_temporal.contracts.reconcile import RECONCILE_WORKFLOW, ReconcileOrder, ReconcileResult, reconcile_id_of
 from comfyui_temporal.contracts.tasks import TaskStatus
+from comfyui_temporal.runs import RunSeen, describe_run
 from proof.simulators.admin_wire import Fault
 from proof.simulators.credits_profile import CreditsProfile
 from runtime.reconciler_schedule import ensure_reconciler, last_pass, standing_reconciler
@@ -27,8 +29,9 @@ from store import StoreUnavailable, TaskStore
 from tests.conftest import NewDatabase, unique
 from tests.store.facts import claim_of, new_task_id
 from tests.workflows.books import Ending, check_histories, ended, ended_without_its_run
-from tests.workflows.payers import end_open_holds, new_payer, until_started
+from tests.workflows.payers import Payer, end_open_holds, new_payer, until_started
 from tests.workflows.platform import Handle, Platform, answered, running_platform, task_id_of
+from tests.workflows.resets import points_of, reset
 from tests.workflows.test_settlement import cancelled_by_another_caller, start_reporting
 from workflows import ledger_search, reconciler
 
@@ -217,15 +220,75 @@ async def test_a_second_run_under_the_id_hides_nothing_that_the_first_one_left(r
     handle = await waiting_image(reconciled)
     task_id = task_id_of(handle)
     await handle.terminate("by a test")
-    second = await reconciled.start(
-        reconciled.image(task_id=task_id), id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE
-    )
-    with pytest.raises(Exception, match="execution failed"):
-        await second.result()
+    await started_again(reconciled, reconciled.image(task_id=task_id))
     await asyncio.sleep(PAUSE_SECONDS)
     assert task_id in (await reconcile(reconciled)).task_ids
     ending = await ended_without_its_run(reconciled, task_id)
     assert ending.status is TaskStatus.FAILED and "terminated" in str(ending.events[-1].message)
+
+
+async def started_again(platform: Platform, task: dict[str, Any]) -> None:
+    """A second run under the id of a task whose run has ended: it ends as soon as it claims the task."""
+    second = await platform.start(task, id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE)
+    with pytest.raises(Exception, match="execution failed"):
+        await second.result()
+
+
+@pytest.mark.parametrize("first", ["kept", "deleted"])
+async def test_a_second_run_under_the_id_hides_nothing_that_a_reset_run_charged(
+    reconciled: Platform, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """Of 2,460 points the run that a reset made has charged 2,000: the price is in its history alone."""
+    monkeypatch.setattr(ledger_search, "LOOK_FOR", timedelta(seconds=1))
+    task = (await new_payer(reconciled)).training(max_credits=5_000)
+    handle, second_part = await between_two_parts(reconciled, task, is_reset=True)
+    await reconciled.client.get_workflow_handle(handle.id).terminate("by a test")
+    await reconciled.simulators.admin.credits.remove_fault(second_part)
+    await started_again(reconciled, task)
+    if first == "deleted":
+        hide_run(monkeypatch, handle.first_execution_run_id or "")
+    await asyncio.sleep(PAUSE_SECONDS)
+    assert task["task_id"] in (await reconcile(reconciled)).task_ids
+    ending = await ended_without_its_run(reconciled, task["task_id"])
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 2_460)
+    assert ending.result["credits"]["shortfall"] == 0
+
+
+def hide_run(patch: pytest.MonkeyPatch, hidden: str) -> None:
+    """Temporal has deleted this run, whose retention is over."""
+
+    async def without_it(client: Client, workflow_id: str, run_id: str | None = None, **options: Any) -> RunSeen:
+        if run_id == hidden:
+            raise RPCError("workflow not found", RPCStatusCode.NOT_FOUND, b"")
+        return await describe_run(client, workflow_id, run_id, **options)
+
+    patch.setattr(closed_runs, "describe_run", without_it)
+
+
+async def between_two_parts(
+    platform: Platform, task: dict[str, Any], *, is_reset: bool = False
+) -> tuple[Handle, Fault]:
+    """A training of 2,460 points, whose hold was given back by another caller: 2,000 are charged, and the call for the
+    rest is out. `is_reset`: the run was reset before its delivery.
+    """
+    comfyui, credits = platform.simulators.admin.comfyui, platform.simulators.admin.credits
+    await comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
+    second = await credits.fault("delay", route="charge", task_id=task["task_id"], seconds=HANG_SECONDS, nth=2)
+    handle = await start_reporting(platform, task, gpu_hours=40, gpu_hours_used=40)
+    run = await until_started(platform, handle)
+    # Ordered to finish in its first moment it would end with its own hours.
+    await comfyui.act(run.run_id, "lie", fields={"gpu_hours": 40, "gpu_hours_used": 40})
+    if is_reset:
+        await reset(platform, handle, (await points_of(platform, handle))[-1])
+    await cancelled_by_another_caller(platform, Payer(platform, task["tenant_id"]), handle)
+
+    async def is_being_charged() -> bool:
+        """A job may be ordered to finish a moment before it stalls."""
+        await comfyui.act(run.run_id, "finish")
+        return any(fault.fault_id == second.fault_id and fault.hits for fault in await credits.faults())
+
+    await platform.until(is_being_charged)
+    return handle, second
 
 
 async def test_a_continued_run_that_was_terminated_is_given_back(reconciled: Platform) -> None:
@@ -371,20 +434,7 @@ async def test_a_run_terminated_between_two_parts_of_a_charge_is_charged_to_the_
     if ledger == "by reason":
         await credits.fault("plain_ledger", tenant_id=payer.tenant_id)
     task = payer.training(max_credits=5_000)
-    await reconciled.simulators.admin.comfyui.fault("job_stall", route="create_training", task_id=task["task_id"])
-    second = await credits.fault("delay", route="charge", task_id=task["task_id"], seconds=HANG_SECONDS, nth=2)
-    handle = await start_reporting(reconciled, task, gpu_hours=40, gpu_hours_used=40)
-    run = await until_started(reconciled, handle)
-    # Ordered to finish in its first moment it would end with its own hours.
-    await reconciled.simulators.admin.comfyui.act(run.run_id, "lie", fields={"gpu_hours": 40, "gpu_hours_used": 40})
-    await cancelled_by_another_caller(reconciled, payer, handle)
-
-    async def is_being_charged() -> bool:
-        """A job may be ordered to finish a moment before it stalls."""
-        await reconciled.simulators.admin.comfyui.act(run.run_id, "finish")
-        return any(fault.fault_id == second.fault_id and fault.hits for fault in await credits.faults())
-
-    await reconciled.until(is_being_charged)
+    handle, second = await between_two_parts(reconciled, task)
     await handle.terminate("by a test")
     await credits.remove_fault(second)
     if balance == "short":
@@ -413,6 +463,7 @@ async def test_a_charge_that_was_refused_is_not_sent_again(
     run = await until_started(reconciled, handle)
     await cancelled_by_another_caller(reconciled, payer, handle)
     await payer.has(2_100)
+    await reconciled.until_settled(handle)
 
     async def are_both_answered() -> bool:
         await reconciled.simulators.admin.comfyui.act(run.run_id, "finish")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
+from temporalio.client import WorkflowExecutionStatus
 from temporalio.testing import WorkflowEnvironment
 
+from activities import earlier_runs
 from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
 from comfyui_temporal.contracts.tasks import CANCEL_SIGNAL, CancelTask, TaskStatus
 from proof.simulators.credits_profile import FIELD
@@ -18,10 +22,11 @@ from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import ended, ended_without_its_run, give_back
 from tests.workflows.payers import holds_of, new_payer
-from tests.workflows.platform import Handle, Platform, running_platform, scheduled, task_id_of
-from tests.workflows.reset_scenarios import POLICY, until_working
+from tests.workflows.platform import Handle, Platform, answered, running_platform, scheduled, task_id_of
+from tests.workflows.reset_scenarios import POLICY, stalled, until_working
 from tests.workflows.resets import Point, point_before, points_of, reset
-from workflows import row_look
+from workflows import earlier_life, forgotten_jobs, row_look
+from workflows import give_back as give_back_flow
 
 ROUTES = {"image": "submit_job", "training": "create_training"}
 
@@ -143,6 +148,19 @@ async def test_a_give_back_cancels_a_job_whose_key_was_refused_to_the_last_run(p
     assert [is_over for _, is_over in await jobs_of(platform, run)] == [True, True]
 
 
+async def test_a_give_back_cancels_an_unanswered_job_beside_one_that_only_the_row_knows(platform: Platform) -> None:
+    """The run was reset twice, and terminated before any call: its history names neither job. The row has no keys."""
+    async with platform.worker():
+        run = await under_another_body(platform)
+        await platform.until(lambda: knows_its_job(platform, run))
+    last = await reset(platform, run, (await points_of(platform, run))[0])
+    await last.terminate()
+    async with platform.worker():
+        await (await give_back(platform, run)).result()
+        await ended_without_its_run(platform, task_id_of(run))
+    assert [is_over for _, is_over in await jobs_of(platform, run)] == [True, True]
+
+
 async def test_a_run_that_was_reset_twice_cancels_a_job_whose_key_was_refused_between(platform: Platform) -> None:
     async with platform.worker():
         run = await under_another_body(platform)
@@ -151,6 +169,152 @@ async def test_a_run_that_was_reset_twice_cancels_a_job_whose_key_was_refused_be
         await last.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
         assert (await ended(platform, last)).status is TaskStatus.CANCELLED
     assert [is_over for _, is_over in await jobs_of(platform, run)] == [True, True]
+
+
+async def unanswered_under_another_body(platform: Platform, handle: Handle, point: Point, *, bodies: int) -> Handle:
+    """The run that a reset leaves, once it has sent the same key with another body: it has no answer either.
+
+    `bodies`: how many different ones the task has sent by then.
+    """
+    platform.policy["callback_url"] = f"https://settings-{bodies}.example/callbacks/comfyui/{task_id_of(handle)}"
+    run = await reset(platform, handle, point)
+
+    async def has_sent() -> bool:
+        seen = await platform.simulators.admin.comfyui.requests_seen("submit_job", task_id_of(handle))
+        return len({request.body_sha256 for request in seen}) == bodies
+
+    await platform.until(has_sent)
+    return run
+
+
+@pytest.mark.parametrize("is_reset_twice", [False, True], ids=["reset once", "reset twice"])
+@pytest.mark.parametrize("is_terminated", [False, True], ids=["cancelled", "terminated"])
+async def test_a_job_is_cancelled_whose_key_later_runs_sent_with_other_bodies_and_no_answer(
+    platform: Platform, *, is_terminated: bool, is_reset_twice: bool
+) -> None:
+    async with platform.worker():
+        handle = await unanswered(platform, "image")
+        point = (await points_of(platform, handle))[0]
+        run = await unanswered_under_another_body(platform, handle, point, bodies=2)
+        if is_reset_twice:
+            run = await unanswered_under_another_body(platform, handle, point, bodies=3)
+        if is_terminated:
+            await run.terminate()
+            await answer_again(platform)
+            await asyncio.wait_for((await give_back(platform, handle)).result(), 60)
+            await ended_without_its_run(platform, task_id_of(handle))
+        else:
+            await run.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
+            await answer_again(platform)
+            ending = await ended(platform, run)
+            assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.CANCELLED, 0, [])
+    assert [is_over for _, is_over in await jobs_of(platform, handle)] == [True]
+
+
+async def test_a_give_back_cancels_a_job_that_a_run_had_learned_beside_a_body_that_was_refused(
+    platform: Platform,
+) -> None:
+    """The last run repeated both requests under one key. It was terminated before the job's cancel took effect."""
+    comfyui = platform.simulators.admin.comfyui
+    async with platform.worker():
+        handle = await unanswered(platform, "image")
+        point = (await points_of(platform, handle))[0]
+        second = await unanswered_under_another_body(platform, handle, point, bodies=2)
+        await second.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
+        last = await reset(platform, second, (await points_of(platform, second))[0])
+        task_id = task_id_of(handle)
+        hangs = await comfyui.fault("drop", route="cancel_job", task_id=task_id, when="before", times=None)
+        for fault in await comfyui.faults():
+            if fault.kind == "drop" and fault.fault_id != hangs.fault_id:
+                await comfyui.remove_fault(fault)
+        await platform.until_hit("cancel_job", hangs)
+
+        async def has_both_answers() -> bool:
+            return await answered(last, "submit_job") == 2
+
+        await platform.until(has_both_answers)
+        await last.terminate()
+        await answer_again(platform)
+        await asyncio.wait_for((await give_back(platform, handle)).result(), 60)
+        await ended_without_its_run(platform, task_id)
+    assert [is_over for _, is_over in await jobs_of(platform, handle)] == [True]
+
+
+# Many runs before the reset
+
+
+async def test_a_hold_of_before_a_reset_is_given_back_while_its_history_cannot_be_read(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_readable, left_by = asyncio.Event(), earlier_runs._left_by
+
+    async def read_later(*order: Any) -> Any:
+        await is_readable.wait()
+        return await left_by(*order)
+
+    async def is_given_back() -> bool:
+        return [hold.phase for hold in await holds_of(platform, handle)] == ["cancelled"]
+
+    monkeypatch.setattr(earlier_runs, "_left_by", read_later)
+    async with platform.worker():
+        handle = await stalled(platform, (await new_payer(platform)).image())
+        first = (await points_of(platform, handle))[0]
+    await handle.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
+    run = await reset(platform, handle, first)
+    async with platform.worker():
+        await platform.until(is_given_back)
+        assert (await run.describe()).status is WorkflowExecutionStatus.RUNNING
+        is_readable.set()
+        ending = await ended(platform, run)
+    assert (ending.status, ending.charged) == (TaskStatus.CANCELLED, 0)
+
+
+@pytest.fixture
+def reads_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt to read a task's runs has the time for two of them."""
+    within = timedelta(seconds=5)  # the SDK holds a heartbeat back for 1.6 s
+
+    async def read_slowly(*order: Any) -> Any:
+        await asyncio.sleep(0.4 * within.total_seconds())
+        return await left_by(*order)
+
+    left_by = earlier_runs._left_by
+    monkeypatch.setattr(earlier_runs, "_left_by", read_slowly)
+    monkeypatch.setattr(forgotten_jobs, "READ_WITHIN", within)
+    monkeypatch.setattr(give_back_flow, "STORE_TIMEOUT", within)
+
+
+async def shows_minutes(platform: Platform, handle: Handle, minutes: float) -> bool:
+    row = await platform.store.task(task_id_of(handle))
+    return row is not None and row.estimated_time == minutes
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("reads_slowly")
+@pytest.mark.parametrize("is_terminated", [False, True], ids=["cancelled", "terminated"])
+async def test_a_task_of_many_runs_ends_after_a_reset(platform: Platform, *, is_terminated: bool) -> None:
+    """Weeks of a training are hundreds of runs: more than one attempt has the time to read."""
+    platform.policy["continue_as_new_signals"] = 2
+    async with platform.worker():
+        handle = await stalled(platform, (await new_payer(platform)).image())
+        first, job = (await points_of(platform, handle))[0], (await platform.job(handle)).run_id
+        latest: Handle = platform.client.get_workflow_handle(handle.id)
+        for n in range(100, 108):
+            news = {"job_id": job, "job_status": "processing", "sequence": n, "estimated_time": n}
+            await platform.callback(latest, **news)
+            await platform.until(partial(shows_minutes, platform, handle, n))
+        run = await reset(platform, handle, first, forgets_messages=True)
+        await until_working(platform, handle, jobs=1)
+        assert len(await platform.store.earlier_runs(task_id_of(handle))) >= 4
+        if is_terminated:
+            await run.terminate()
+            await asyncio.wait_for((await give_back(platform, handle)).result(), 90)
+            await ended_without_its_run(platform, task_id_of(handle))
+        else:
+            await run.signal(CANCEL_SIGNAL, CancelTask(reason="no longer wanted"))
+            ending = await asyncio.wait_for(ended(platform, run), 90)
+            assert (ending.status, ending.charged) == (TaskStatus.CANCELLED, 0)
+    assert [is_over for _, is_over in await jobs_of(platform, handle)] == [True]
 
 
 @pytest_asyncio.fixture
@@ -251,3 +415,42 @@ async def test_a_run_that_is_reset_to_before_its_hold_requests_none_once_the_tas
             run = await reset(platform, handle, point)
             assert (await ended(platform, run)).status is TaskStatus.COMPLETED, point
         assert len(await holds_of(platform, handle)) == 1
+
+
+# Keys that no earlier life can have used
+
+
+TAKEN = {"detail": {"code": "40901", "message": "idempotency_conflict"}}
+
+
+@pytest.mark.parametrize(
+    ("route", "is_taken"),
+    [("submit_job", True), ("pre_deduct", True), ("pre_deduct", False)],
+    ids=["each job's key is taken", "each hold's key is taken", "each hold is the first one"],
+)
+async def test_a_service_that_calls_every_key_taken_ends_a_reset_task(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, route: str, is_taken: bool
+) -> None:
+    """The run tried one number after another, without end or pause, until its history was full."""
+    monkeypatch.setattr(earlier_life, "MOST_KEYS_TAKEN", 5)
+    async with platform.worker():
+        handle = await stalled(platform, (await new_payer(platform)).image())
+        [hold] = await holds_of(platform, handle)
+        granted = {
+            "pre_deduct_id": hold.pre_deduct_id,
+            "frozen_amount": hold.amount,
+            "balance_after": 1_000,
+            "quota_snapshot": {"template_quota": -1, "user_usage": 0},
+            "expire_at": "2100-01-01T00:00:00Z",
+        }
+        status, body = (409, TAKEN) if is_taken else (200, granted)
+        service, task_id = platform.service_of(route), task_id_of(handle)
+        await service.fault("answer", route=route, task_id=task_id, times=None, status=status, body=body)
+        run = await reset(platform, handle, await point_before(platform, handle, route))
+        ending = await asyncio.wait_for(ended(platform, run), 60)
+    assert (ending.status, ending.code, ending.charged) == (TaskStatus.FAILED, "task_conflict", 0)
+    assert len(await scheduled(run, route)) <= 10
+    [hold] = await holds_of(platform, handle)
+    assert hold.phase == "cancelled"
+    [(_, is_over)] = await jobs_of(platform, handle)
+    assert is_over

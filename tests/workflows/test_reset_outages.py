@@ -19,7 +19,7 @@ from comfyui_temporal.contracts.tasks import TaskStatus
 from store import TaskStore
 from tests.cable import Cable
 from tests.workflows.books import Ending, ended, ended_without_its_run, give_back
-from tests.workflows.payers import end_open_holds, has_kinds, holds_of, new_payer, until_started
+from tests.workflows.payers import end_open_holds, has_kinds, holds_of, new_payer, refuse_cancels, until_started
 from tests.workflows.platform import Handle, Platform, running_platform, sent, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, stalled, topped_up, work_goes_on
 from tests.workflows.resets import point_before, points_of, reset
@@ -176,15 +176,35 @@ async def test_work_that_costs_nothing_is_not_handed_out_once_the_store_is_back(
     cable.pull()
     run = await reset(platform, handle, waiting, forgets_messages=True)
     async with work_goes_on(platform, run):
-        await platform.until(lambda: _is_completed(platform, run))
+        await platform.until(lambda: _has_status(platform, run, TaskStatus.COMPLETED))
         cable.plug_in()
         ending = await ended(platform, run)
     assert (ending.status, ending.charged) == (TaskStatus.CANCELLED, 0)
     assert ending.result["result_urls"] == []
 
 
-async def _is_completed(platform: Platform, run: Handle) -> bool:
-    return bool((await platform.progress(run))["status"] == TaskStatus.COMPLETED)
+async def test_a_hold_whose_end_is_seen_while_the_store_is_away_is_published_as_given_back(
+    platform: Platform, cable: Cable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cancel was refused; the last reading of the ledger shows that it ended by itself. The events add up."""
+    monkeypatch.setattr(row_look, "LOOK_WITHIN", timedelta(seconds=1))
+    handle = await stalled(platform, (await new_payer(platform)).image())
+    await refuse_cancels(platform, handle)
+    cable.pull()
+    await platform.cancel(handle)
+    cancels = platform.simulators.admin.credits.requests_seen
+    await platform.until(lambda: cancels("cancel_hold", task_id_of(handle)))
+    await end_open_holds(platform, handle)
+    await platform.until(lambda: _has_status(platform, handle, TaskStatus.CANCELLED))
+    cable.plug_in()
+    ending = await ended(platform, handle, exempt={"hold_expires"})
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.CANCELLED, 0, ["hold_left_to_expiry"])
+    assert (ending.result["credits"]["settlement"], ending.result["credits"]["returned"]) == ("settled", 24)
+    assert [event.credits_delta for event in ending.events if event.credits_delta is not None] == [-24, 24]
+
+
+async def _has_status(platform: Platform, run: Handle, status: TaskStatus) -> bool:
+    return bool((await platform.progress(run))["status"] == status)
 
 
 # It is being given back

@@ -14,7 +14,7 @@ import pytest_asyncio
 from comfyui_temporal.contracts.give_back import GIVE_BACK_WORKFLOW, GiveBackOrder, give_back_id_of
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import ended, ended_without_its_run, runs_of
-from tests.workflows.payers import has_kinds, holds_of, new_payer, row_of
+from tests.workflows.payers import end_open_holds, has_kinds, holds_of, new_payer, row_of
 from tests.workflows.platform import CALLERS, Handle, Platform, scheduled, task_id_of
 from tests.workflows.reset_scenarios import POLICY, RENEWED, over, stalled, topped_up, work_goes_on
 from tests.workflows.resets import points_of, reset
@@ -129,6 +129,26 @@ async def test_a_continued_run_recreates_its_row_as_it_was_claimed(
     assert repeat.status_code == 200, repeat.text
 
 
+@pytest.mark.on_both_profiles
+@pytest.mark.parametrize("kind", ["image", "training"])
+async def test_a_run_whose_row_is_lost_before_its_hold_takes_one_and_is_charged(
+    platform: Platform, database: Database, kind: str
+) -> None:
+    payer = await new_payer(platform)
+    task, route = (payer.image(), "submit_job") if kind == "image" else (payer.training(), "create_training")
+    late = await platform.simulators.admin.comfyui.fault("delay", route=route, task_id=task["task_id"], seconds=1.0)
+    handle = await platform.start(task)
+    await platform.until_hit(route, late)
+    await database.restore(task["task_id"])
+    async with work_goes_on(platform, handle):
+        ending = await ended(platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 24 if kind == "image" else 120)
+    assert [hold.phase for hold in await holds_of(platform, handle)] == ["committed"]
+    assert not ending.exceptions
+    row = await row_of(platform, handle)
+    assert (len(row.hold_ids), len(row.job_ids)) == (1, 1)
+
+
 async def test_an_open_run_whose_row_was_lost_is_cancelled_and_given_back(
     platform: Platform, database: Database
 ) -> None:
@@ -198,6 +218,27 @@ async def test_a_task_that_ended_once_reset_is_given_back_where_its_row_is_open_
     assert result["outcome"] == "already_charged"
     again = await ended_without_its_run(platform, task_id_of(handle))
     assert (again.status, again.charged) == (TaskStatus.COMPLETED, ending.charged)
+
+
+async def test_a_completed_task_that_was_charged_nothing_keeps_its_shortfall_where_its_row_is_open_again(
+    platform: Platform, database: Database
+) -> None:
+    """Its hold had ended before its commit, and the charge was refused."""
+    payer = await new_payer(platform)
+    handle = await stalled(platform, payer.image())
+    await end_open_holds(platform, handle)
+    await payer.has(0)
+    older = await database.backup(task_id_of(handle))
+    async with work_goes_on(platform, handle):
+        ending = await ended(platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 0, ["shortfall"])
+    before = await row_of(platform, handle)
+    await database.restore(task_id_of(handle), older)
+    await given_back(platform, handle)
+    again = await ended_without_its_run(platform, task_id_of(handle))
+    assert (again.status, again.charged, again.exceptions) == (TaskStatus.COMPLETED, 0, ["shortfall"])
+    assert (await row_of(platform, handle)).credits == before.credits
+    assert [record.details for record in again.records] == [record.details for record in ending.records]
 
 
 @pytest.mark.parametrize("how", ["cancelled", "failed"])

@@ -426,6 +426,96 @@ async def test_an_unanswered_charge_is_not_repeated_where_the_ledger_lacks_the_c
     assert await kinds_of(patient_platform, handle) == ["pre_deduct", "commit", "charge"]
 
 
+async def test_an_unanswered_charge_is_not_repeated_where_the_ledger_lacks_the_part_before_it(
+    patient_platform: Platform,
+) -> None:
+    """2000 points are charged and 460 more; ten minutes later the ledger shows neither."""
+    payer = await new_payer(patient_platform)
+    await payer.has_plain_service()
+    credits = patient_platform.simulators.admin.credits
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=800)
+    lost = await credits.fault("drop", route="charge", tenant_id=payer.tenant_id, nth=2)
+    task = payer.training(max_credits=5_000)
+    handle = await start_reporting(patient_platform, task, gpu_hours=40, gpu_hours_used=40)
+    await cancelled_by_another_caller(patient_platform, payer, handle)
+    await patient_platform.pass_time(handle, 400)
+    await patient_platform.pass_time(handle, 410)
+    await delivered(patient_platform, handle)
+    await patient_platform.until_hit("charge", lost)
+    await patient_platform.pass_time(handle, 650)
+    ending = await ended(patient_platform, handle)
+    assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 2_460)
+    assert "settlement_unknown" in ending.exceptions
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel", "charge", "charge"]
+
+
+async def unanswered_charge(platform: Platform, payer: Payer, *, lag: float) -> Handle:
+    """An image whose charge has acted and is not answered; no keys are kept, and the ledger lags by `lag` seconds."""
+    await payer.has_plain_service()
+    credits = platform.simulators.admin.credits
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=lag)
+    lost = await credits.fault("drop", route="charge", tenant_id=payer.tenant_id)
+    handle = await platform.start(payer.image())
+    await cancelled_by_another_caller(platform, payer, handle)
+    await platform.until_settled(handle)
+    await platform.pass_time(handle, lag + 5)
+    await delivered(platform, handle)
+    await platform.until_hit("charge", lost)
+    return handle
+
+
+@pytest.mark.parametrize("later", ["refused", "unreadable"])
+async def test_an_unanswered_charge_is_not_repeated_where_the_ledger_is_shown_only_at_once(
+    patient_platform: Platform, later: str
+) -> None:
+    """It lags by seconds, and no look after the first one is answered."""
+    payer = await new_payer(patient_platform)
+    credits = patient_platform.simulators.admin.credits
+    handle = await unanswered_charge(patient_platform, payer, lag=6)
+    [charge] = await scheduled(handle, "charge")
+
+    async def looked_once() -> bool:
+        return any(at > charge for at in await scheduled(handle, "ledger"))
+
+    await patient_platform.until(looked_once)
+    await patient_platform.until_settled(handle)
+    if later == "refused":
+        body = {"detail": {"code": "40401", "message": "account_not_found"}}
+        refusal = {"status": 404, "body": body}
+        await credits.fault("answer", route="ledger", tenant_id=payer.tenant_id, times=None, **refusal)
+    else:
+        await credits.fault("garbage", route="ledger", tenant_id=payer.tenant_id, times=None)
+    for _ in range(2):
+        await patient_platform.pass_time(handle, 500)
+    ending = await ended(patient_platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, HD, ["settlement_unknown"])
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "cancel", "charge"]
+
+
+async def test_an_unanswered_charge_is_looked_for_after_the_ledgers_outage(patient_platform: Platform) -> None:
+    """The ledger is away for twelve minutes, and shows the charge a minute and a half later."""
+    payer = await new_payer(patient_platform)
+    await payer.has_plain_service()
+    patient_platform.policy["charge_shortfall"] = True
+    credits = patient_platform.simulators.admin.credits
+    await credits.fault("ledger_lag", tenant_id=payer.tenant_id, seconds=800)
+    await credits.fault("drop", route="charge", tenant_id=payer.tenant_id)
+    away = await credits.fault("error", route="ledger", tenant_id=payer.tenant_id, status=503, times=None)
+    handle = await start_reporting(patient_platform, payer.training(), gpu_hours_used=3)
+    await until_started(patient_platform, handle)
+    await patient_platform.pass_time(handle, 400)
+    await delivered(patient_platform, handle)
+    await patient_platform.until_hit("ledger", away)
+    await patient_platform.pass_time(handle, 720)
+    await credits.remove_fault(away)
+    await patient_platform.pass_time(handle, 40)
+    await patient_platform.until_settled(handle)
+    await patient_platform.pass_time(handle, 200)
+    ending = await ended(patient_platform, handle)
+    assert (ending.status, ending.charged, ending.exceptions) == (TaskStatus.COMPLETED, 240, [])
+    assert await kinds_of(patient_platform, handle) == ["pre_deduct", "commit", "charge"]
+
+
 # What stays unknown
 
 

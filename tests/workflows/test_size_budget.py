@@ -14,8 +14,15 @@ from typing import Any
 import pytest
 from temporalio import workflow
 
+from activities.earlier_runs import MOST_BYTES
 from comfyui_temporal.contracts.calls import CallFor, SnapshotOrder
-from comfyui_temporal.contracts.comfyui import JobCallback, ManifestReference, SnapshotReference, TrainingCallback
+from comfyui_temporal.contracts.comfyui import (
+    JobCallback,
+    JobRequest,
+    ManifestReference,
+    SnapshotReference,
+    TrainingCallback,
+)
 from comfyui_temporal.contracts.continuation import (
     Continuation,
     DatasetState,
@@ -29,12 +36,12 @@ from comfyui_temporal.contracts.continuation import (
 )
 from comfyui_temporal.contracts.credits import Estimate, PreDeductRequest
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode
-from comfyui_temporal.contracts.give_back import Orphans, OwnEnd
+from comfyui_temporal.contracts.give_back import EarlierRunsRead, Orphans, OwnEnd
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.policy import Policy
 from comfyui_temporal.contracts.prices import PriceTable
-from comfyui_temporal.contracts.requests import HoldState, RequestedJob
+from comfyui_temporal.contracts.requests import HoldState, RequestedJob, older_than_kept
 from comfyui_temporal.contracts.size_budget import (
     MAX_ATTEMPTS,
     MAX_EXCEPTIONS,
@@ -61,6 +68,7 @@ from comfyui_temporal.contracts.task_store import (
     TrainedModel,
 )
 from comfyui_temporal.contracts.tasks import CreditsSummary, ImageResult, TaskStatus, TrainingProgress, TrainingResult
+from store.lives import MOST_EARLIER_RUNS
 from workflows.backlog import LEFT_OUT, Backlog
 from workflows.inbox import Inbox
 
@@ -374,6 +382,22 @@ def test_the_input_of_a_give_back_fits() -> None:
     assert json_bytes(left) <= PAYLOAD_BYTES // 2
 
 
+def test_what_an_attempt_has_read_of_many_earlier_runs_fits() -> None:
+    """Each run made four jobs. The room for unanswered ones is enough for the largest."""
+    made = [
+        RequestedJob(attempt=n, key=f"{ID}:submit:{n}", asked_at=NOW, job_id=f"{n}".ljust(128, "o"))
+        for n in range(4 * MOST_EARLIER_RUNS)
+    ]
+    run_ids = [f"{n}".ljust(36, "r") for n in range(MOST_EARLIER_RUNS)]
+    assert json_bytes(EarlierRunsRead(run_ids=run_ids, made=made)) <= PAYLOAD_BYTES - MOST_BYTES
+    body = JobRequest.model_validate(
+        image_run(CONTROLS).model_dump(include=set(JobRequest.model_fields))
+        | {"callback_url": "https://x", "loras": []}
+    )
+    job = RequestedJob(attempt=1, key=f"{ID}:submit:1", request=body, asked_at=NOW)
+    assert json_bytes(job) <= MOST_BYTES
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_what_a_run_reads_of_its_row_fits(text: str) -> None:
     run = training_run(text)
@@ -417,6 +441,14 @@ def test_holds_that_are_over_are_counted_and_numbers_go_on() -> None:
     assert [hold.pre_deduct_id for hold in holds.granted_holds()][-1] == "001439".ljust(128, "h")
     assert [hold.n for hold in holds.asked if not hold.resolved] == [1_439 * 4, 1_440 * 4], "open holds are kept"
     assert len(holds.asked) <= MAX_KEPT_HOLDS + 2
+
+
+@pytest.mark.parametrize(("left_out", "older"), [(0, []), (3, ["e1", "e2"]), (4, ["e1"]), (5, []), (9, [])])
+def test_what_is_older_than_the_kept_holds_and_was_not_counted_is_an_earlier_lifes(
+    left_out: int, older: list[str]
+) -> None:
+    in_order = ["e1", "e2", "o1", "o2", "o3", "o4", "o5"]
+    assert older_than_kept(in_order, {"o4", "o5"}, left_out) == older
 
 
 def test_what_the_first_release_carried_is_counted_from_its_list() -> None:
@@ -479,6 +511,36 @@ def test_what_is_being_written_is_not_touched() -> None:
     named = [each for each in records if "left_out" not in each.details]
     assert counted + len(named) == MAX_EXCEPTIONS + 2 + 600
     assert len({each.key for each in records}) == len(records)
+
+
+def while_a_full_write_hangs() -> tuple[RecordState, Backlog]:
+    """A thousand facts, of which as many as have room are being written."""
+    record = RecordState()
+    backlog = Backlog(record)
+    for n in range(1_000):
+        backlog.add(fact(f"held:{n}", message="24 points are held."))
+    assert record.unwritten[0].key.startswith(LEFT_OUT)
+    backlog.take()
+    return record, backlog
+
+
+def test_while_a_full_write_hangs_the_newest_fact_waits_with_the_number_of_the_rest() -> None:
+    record, backlog = while_a_full_write_hangs()
+    for n in range(1_000, 1_010):
+        backlog.add(fact(f"held:{n}", message="24 points are held."))
+    backlog.written()
+    assert [each.key for each in record.unwritten] == [f"{LEFT_OUT}held:1000:9", "held:1009"]
+    assert record.unwritten[0].message == "9 events were left out while the task store was away."
+
+
+def test_while_a_full_write_hangs_the_settlement_is_kept_too() -> None:
+    record, backlog = while_a_full_write_hangs()
+    backlog.add(fact("held:1000", message="24 points are held."))
+    backlog.add(fact("settled", credits_delta=-24))
+    backlog.add(fact("given_back:1000", credits_delta=24))
+    backlog.add(fact("end", EventType.COMPLETED, is_end=True))
+    backlog.written()
+    assert [each.key for each in record.unwritten] == [f"{LEFT_OUT}held:1000:2", "settled", "end"]
 
 
 def test_the_first_record_of_each_code_is_kept_and_the_rest_are_counted() -> None:

@@ -226,6 +226,32 @@ def test_an_old_hold_whose_end_is_known_hides_no_other(end: str | None) -> None:
     assert found == ends.get(end, Found(HoldFate.GIVEN_BACK))
 
 
+@pytest.mark.parametrize(("end", "fate"), [(None, HoldFate.UNKNOWN), ("cancel", HoldFate.GIVEN_BACK)])
+def test_a_commit_that_is_known_to_be_another_holds_is_not_taken_for_this_ones(end: str | None, fate: HoldFate) -> None:
+    """Counted twice, the task would report twice what it was charged."""
+    committed, other = OneHold(1, 24, "commit", 24), OneHold(2, 24, end)
+    reading = TaskLedger([*entries_of(committed, "reason"), *entries_of(other, "reason")])
+    assert reading.fate(other.requested(), committed=1) == Found(fate)
+
+
+def test_a_hold_has_the_points_of_its_own_entry_or_those_of_each_where_no_entry_is_named() -> None:
+    """A commit that was refused as too large is made again with them."""
+    replaced, newest = OneHold(1, 36, "cancel"), OneHold(2, 24)
+    named = TaskLedger([row for hold in (newest, replaced) for row in entries_of(hold, "kind")])
+    assert (named.amount_of(newest.requested()), named.amount_of(replaced.requested())) == (24, 36)
+    nameless = TaskLedger([row for hold in (newest, replaced) for row in entries_of(hold, "reason")])
+    assert nameless.amount_of(newest.requested()) is None, "either entry may be its own"
+    assert TaskLedger(entries_of(newest, "reason")).amount_of(newest.requested()) == 24
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, None])
+def test_only_an_entry_with_a_kind_shows_that_a_service_keeps_keys(shape: str | None) -> None:
+    """A charge without an answer is sent again at once where keys are kept: elsewhere it would be charged twice."""
+    bonus = LedgerEntry(ledger_id="b", task_id="t", change=5, reason="bonus")
+    entries = [] if shape is None else [bonus, *entries_of(OneHold(1, 24), shape)]
+    assert TaskLedger(entries).has_kinds is (shape == "kind")
+
+
 # A doubled hold
 
 

@@ -280,6 +280,18 @@ def test_a_failure_is_reported_to_caller_and_operators(recorded: Recorded) -> No
     assert [(record.key, record.code) for record in recorded.carried.exceptions] == [("end", "timeout")]
 
 
+def test_a_completed_task_is_at_100_percent_and_shows_no_error_of_an_earlier_job(recorded: Recorded) -> None:
+    recorded.record.job_failed(ErrorDetails(code=FailureCode.LOST))
+    recorded.receive(1, progress=40.0)
+    recorded.record.delivered(["https://results/1.png"], None)
+    recorded.record.completed()
+
+    state, end = recorded.record.state, recorded.carried.unwritten[-1]
+    assert (state.status, state.progress, state.error) == (TaskStatus.COMPLETED, 100.0, None)
+    assert (end.key, end.event, end.is_end, end.progress) == ("end", EventType.COMPLETED, True, 100.0)
+    assert end.result_urls == state.result_urls == ["https://results/1.png"]
+
+
 # What Temporal shows
 
 

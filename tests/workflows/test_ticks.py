@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 from temporalio.api.enums.v1 import EventType as HistoryEventType
 
-from comfyui_temporal.contracts.tasks import TaskStatus
-from tests.workflows.books import ended
+from comfyui_temporal.contracts.comfyui import JobCallback
+from comfyui_temporal.contracts.continuation import JobUpdate
+from comfyui_temporal.contracts.tasks import CALLBACK_SIGNAL, TaskStatus
+from comfyui_temporal.contracts.ticks import Tick, TickVerdict
+from tests.workflows.books import ended, runs_of
 from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
 from tests.workflows.resets import points_of, reset
 
@@ -88,6 +91,26 @@ async def test_what_is_no_tick_is_a_signal_and_ends_older_ones(platform: Platfor
     assert await signals(handle) == before + 1
 
 
+async def test_a_new_estimate_alone_reaches_the_row(platform: Platform) -> None:
+    """Otherwise the row would not know what the workflow took, and the job's next figures would be no ticks."""
+    handle = await started_job(platform)
+    task_id, job_id = task_id_of(handle), (await platform.job(handle)).run_id
+    same = {"job_id": job_id, "job_status": "processing", "stage_progress": 10.0}
+    await handle.signal(CALLBACK_SIGNAL, {**same, "sequence": 1_000, "estimated_time": 5.0})
+    await shown(platform, handle, 10.0)
+    changed = {**same, "sequence": 1_001, "estimated_time": 9.0, "gpu_slots": 2}
+    await handle.signal(CALLBACK_SIGNAL, changed)
+
+    async def known() -> bool:
+        row = await platform.store.task(task_id)
+        return row is not None and (row.estimated_time, row.gpu_slots) == (9.0, 2)
+
+    await platform.until(known)
+    update = JobUpdate.of_job(JobCallback.model_validate({**changed, "task_id": task_id, "sequence": 1_002}))
+    answer = (await platform.store.write_ticks([Tick.of(task_id, update)]))[task_id]
+    assert answer.verdict in (TickVerdict.WRITTEN, TickVerdict.TOO_EARLY)
+
+
 async def test_a_job_that_ticks_is_not_polled_and_one_that_falls_silent_is(slow_platform: Platform) -> None:
     handle = await started_job(slow_platform)
     await report(slow_platform, handle, stage_progress=30.0)
@@ -108,6 +131,27 @@ async def test_a_job_that_ticks_is_not_polled_and_one_that_falls_silent_is(slow_
         return bool(await scheduled(handle, "get_job"))
 
     await slow_platform.until(polled)
+
+
+async def test_a_job_that_ticks_is_not_polled_after_its_run_continued_as_new(slow_platform: Platform) -> None:
+    """Twice, and nothing that these runs do is written."""
+    slow_platform.policy = {**slow_platform.policy, "continue_as_new_signals": 8}
+    handle = await started_job(slow_platform)
+    job_id = (await slow_platform.job(handle)).run_id
+    await report(slow_platform, handle, stage_progress=30.0)
+    await shown(slow_platform, handle, 30.0)
+    for runs, progress in ((2, 31.0), (3, 32.0)):
+        for _ in range(8):
+            if len(await runs_of(slow_platform, handle)) < runs:
+                await slow_platform.callback(handle, job_id=job_id, job_status="processing", sequence=0)
+                await slow_platform.until_settled(handle)
+        assert len(await runs_of(slow_platform, handle)) == runs
+        await report(slow_platform, handle, stage_progress=progress)
+        await shown(slow_platform, handle, progress)
+        await slow_platform.pass_time(handle, 31)
+        await slow_platform.until_settled(handle)
+        assert (await slow_platform.progress(handle))["progress"] == progress
+        assert await scheduled(handle, "get_job") == []
 
 
 async def test_a_run_that_was_reset_learns_again_of_a_delivery_that_a_poll_had_brought(platform: Platform) -> None:

@@ -264,6 +264,19 @@ async def test_a_price_that_rises_again_replaces_the_one_to_confirm(quick_platfo
     assert (ending.status, ending.charged) == (TaskStatus.COMPLETED, 480)
 
 
+async def test_a_price_that_was_asked_for_before_is_asked_for_again(quick_platform: Platform) -> None:
+    """Who follows the events knows the price that is to be confirmed now, not the one before it."""
+    handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
+    for hours, price in ((5, 360), (4, 300), (5, 360)):
+        await act(quick_platform, handle, "gpu_hours", gpu_hours=hours)
+        await until_price_shown(quick_platform, handle, price)
+    await handle.execute_update("confirm_price", {"max_credits": 360})
+    await act(quick_platform, handle, "resume")
+    ending = await ended(quick_platform, handle)
+    asked = [event.confirmation.estimated_cost for event in ending.events if event.confirmation]
+    assert (ending.status, asked) == (TaskStatus.COMPLETED, [360, 300, 360])
+
+
 async def test_an_unconfirmed_price_stops_the_training_at_its_next_checkpoint(quick_platform: Platform) -> None:
     handle = await start_training(quick_platform, quick_platform.training(max_credits=200))
     await act(quick_platform, handle, "gpu_hours", gpu_hours=5)
@@ -351,6 +364,27 @@ async def test_a_retried_training_is_charged_to_its_checkpoint_and_its_last_atte
     hours = first["checkpoint"]["gpu_hours_used"] + last["gpu_hours_used"]
     assert (ending.status, ending.result["attempts"]) == (TaskStatus.COMPLETED, 2)
     assert ending.charged == BASE + math.ceil(round((hours - 1) * 60, 6))
+
+
+async def test_a_dearer_attempt_asks_for_no_more_points_than_the_hold_before_it_leaves_missing(
+    quick_platform: Platform,
+) -> None:
+    """120 of the payer's 180 points are held when the second attempt costs 180: they come back for it."""
+    quick_platform.policy["retry_after_seconds"] = [0.05]
+    payer = await new_payer(quick_platform, BASE + 60)
+    task = payer.training(max_credits=None)
+    comfyui, create = quick_platform.simulators.admin.comfyui, {"route": "create_training", "task_id": task["task_id"]}
+    await comfyui.fault("job_preempt", **create, at=0.1)
+    for attempt, hours in ((1, 1.0), (2, 2.0)):
+        lie = {"gpu_hours": hours}
+        await comfyui.fault("job_lie", **create, nth=attempt, at=0, reply=lie, fields=lie | {"gpu_hours_used": hours})
+    handle = await quick_platform.start(task)
+    for price in (BASE, BASE + 60):
+        shown = await until_price_shown(quick_platform, handle, price)
+        assert shown["suggest_topup"] == 0
+        await handle.execute_update("confirm_price", {"max_credits": price})
+    ending = await ended(quick_platform, handle)
+    assert (ending.status, ending.result["attempts"], ending.charged) == (TaskStatus.COMPLETED, 2, BASE + 60)
 
 
 @pytest.mark.parametrize("reported_hours", [3.0, 9.0], ids=["as they were", "other hours"])

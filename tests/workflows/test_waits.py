@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from temporalio import workflow
 from temporalio.client import WorkflowExecutionStatus
+from temporalio.workflow import ActivityHandle
 
+from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.tasks import TaskStatus
 from proof.simulators.admin_wire import Fault
 from tests.workflows.books import ended
 from tests.workflows.payers import Payer, has_kinds, holds_of, kinds_of, new_payer, until_started
 from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
+from workflows.alarm import Alarm
+from workflows.failures import RowEnded
+from workflows.interruptible import InterruptibleWaits, KeptHold
+from workflows.stop import Stop
 
 AWAY: dict[str, Any] = {"status": 503, "times": None}
 RENEWED = ["pre_deduct", "pre_deduct", "cancel"]
@@ -208,6 +218,69 @@ async def test_no_next_attempt_begins_under_a_hold_that_ran_out(platform: Platfo
     assert "uncovered" in ending.exceptions
 
 
+@pytest.mark.by_contract("a hold runs out")
+async def test_no_next_image_begins_under_a_hold_that_ran_out_while_its_price_was_asked(platform: Platform) -> None:
+    """The estimate answers when that has expired, before the renewal does."""
+    payer = await new_payer(platform)
+    handle = await start_working(platform, payer, "image")
+    renewal = await next_image_awaits_cover(platform, handle)
+    await back(platform, renewal)
+    await platform.pass_time(handle, 31)
+    await until_jobs(platform, handle, 2)
+    assert (await holds_of(platform, handle))[-1].phase == "open"
+    await finish(platform, handle)
+    ending = await ended(platform, handle)
+    assert (ending.status, ending.charged, ending.result["attempts"]) == (TaskStatus.COMPLETED, 24, 2)
+    assert "uncovered" in ending.exceptions
+
+
+@pytest.mark.by_contract("a hold runs out")
+async def test_the_tasks_time_runs_out_while_its_next_image_waits_to_be_covered(platform: Platform) -> None:
+    """That image is not requested yet: the wait is no queue of ComfyUI's, whose time would not count."""
+    platform.policy |= {"cap_minutes": 32.0}
+    handle = await start_working(platform, await new_payer(platform), "image")
+    renewal = await next_image_awaits_cover(platform, handle)
+    await platform.pass_time(handle, 4 * 60)
+    await until_scheduled(platform, handle, "pre_deduct", 3)  # the undo's, to learn what the renewal did
+    await back(platform, renewal)
+    await platform.pass_time(handle, 31)
+    ending = await ended(platform, handle)
+    assert (ending.code, ending.charged, ending.result["attempts"]) == ("timeout", 0, 1)
+
+
+async def next_image_awaits_cover(platform: Platform, handle: Handle) -> Fault:
+    """End an image's job while its hold cannot be renewed. Returns that outage, once the next job waits for its end.
+
+    The pause ended under the old hold; the estimate has answered when that had expired.
+    """
+    task_id = task_id_of(handle)
+    [hold] = await holds_of(platform, handle)
+    renewal = await away(platform, "pre_deduct", task_id)
+    left = (hold.expire_at - (await platform.simulators.admin.credits.clock()).now).total_seconds()
+    await platform.pass_time(handle, left / 2 + 10)
+    await until_scheduled(platform, handle, "pre_deduct", 2)
+    await platform.pass_time(handle, left / 2 - 320)
+    estimate = await away(platform, "estimate", task_id)
+    priced = len(await scheduled(handle, "estimate"))
+    await preempt(platform, handle)
+    await platform.pass_time(handle, 31)
+    await until_scheduled(platform, handle, "estimate", priced + 1)
+    await platform.pass_time(handle, 300)
+    await platform.until(lambda: has_kinds(platform, handle, "pre_deduct", "expire"))
+    await back(platform, estimate)
+    await platform.pass_time(handle, 31)
+    await platform.until(lambda: _has_acted_on(handle, "estimate"))
+    assert len(await scheduled(handle, "submit_job")) == 1
+    return renewal
+
+
+async def _has_acted_on(handle: Handle, activity: str) -> bool:
+    """Whether the call was answered, and the run has decided what follows."""
+    described = (await handle.describe()).raw_description
+    is_open = any(call.activity_type.name == activity for call in described.pending_activities)
+    return not (is_open or described.HasField("pending_workflow_task"))
+
+
 # An old hold that cannot be given back
 
 
@@ -279,3 +352,38 @@ async def test_the_training_is_started_again_and_again_under_a_hold_that_lives(p
     assert "uncovered" not in ending.exceptions
     kinds = await kinds_of(platform, handle)
     assert kinds.count("pre_deduct") == kinds.count("cancel") > 1
+
+
+# A task that has ended in an earlier life
+
+
+class ToldThatItEnded(Alarm):
+    """Wakes a wait once: another call has reported that the task has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[InterruptibleWaits] = []
+
+    async def until(self, happened: Callable[[], bool], at: datetime | None, summary: str) -> None:
+        assert self.waits, "it waits on though the task has ended"
+        waits = self.waits.pop()
+        waits.earlier.add(EarlierLife(has_ended=True))
+        assert happened()
+
+
+async def test_a_call_under_a_hold_is_given_up_once_the_task_is_known_to_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the answer to a renewal may say, while the next job's request is repeated."""
+
+    async def at_once(happened: Callable[[], bool]) -> None:
+        assert happened()
+
+    monkeypatch.setattr(workflow, "patched", lambda _: True)
+    monkeypatch.setattr(workflow, "wait_condition", at_once)
+    hold = SimpleNamespace(is_needed=lambda: True, has_update=lambda: False, due=lambda: None, check=lambda: None)
+    alarm = ToldThatItEnded()
+    waits = InterruptibleWaits(Stop(), alarm, hold=lambda: cast(KeptHold, hold))
+    alarm.waits.append(waits)
+    unanswered = cast("ActivityHandle[Any]", SimpleNamespace(done=lambda: False))
+    assert isinstance(await waits.answered(unanswered, summary="1 wait: submit"), RowEnded)

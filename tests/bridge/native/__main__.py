@@ -31,6 +31,7 @@ def main() -> None:
         ws="websockets-sansio",
         log_config=None,
         access_log=False,
+        timeout_keep_alive=75,  # as ComfyUI's own server
         timeout_graceful_shutdown=1,
     )
 
