@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import traceback
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from temporalio.api.common.v1 import Payload
@@ -81,6 +83,10 @@ def play(
             outcome.end = schedule.run()
     except (InvariantViolated, TaskFailed) as problem:
         outcome.problem = f"{type(problem).__name__}: {problem}"
+        schedule.trace("%s", outcome.problem)
+    except Exception as problem:  # one seed that the simulation cannot play hides no other
+        place = traceback.extract_tb(problem.__traceback__)[-1]
+        outcome.problem = f"SimulationFailed: {problem!r} at {Path(place.filename).name}:{place.lineno}"
         schedule.trace("%s", outcome.problem)
     finally:
         outcome.steps = schedule.timeline.steps

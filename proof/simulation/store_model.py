@@ -172,7 +172,8 @@ class StoreModel:
 
     def heard(self, order: HeardOrder, caller: Caller) -> Heard | None:
         state = self.state
-        goes_on = order.continued_run_id is not None and order.continued_run_id == self._run_id
+        is_next = order.run_number > self._run_number
+        goes_on = is_next and order.continued_run_id is not None and order.continued_run_id == self._run_id
         if (
             (caller.run_id != self._run_id and not goes_on)
             or state is None
@@ -183,6 +184,8 @@ class StoreModel:
         ):
             return None
         self._take_over(caller.run_id, order.run_number)
+        if caller.run_id != self._run_id:
+            return None
         figures = state.model_dump(include={"progress", "next_eta", "queue_position"})
         sequence = self._sequences.get(order.job_id, 0)
         return Heard(sequence=sequence, seconds_ago=self._timeline.now - self._ticked_at, **figures)
