@@ -28,6 +28,7 @@ from workflows.tick_watch import TickWatch
 
 LOST_AFTER: Final = timedelta(seconds=10)
 KNOWN_AGAIN: Final = "a-job-that-is-known-again-is-not-half-lost"
+LOSS_CONFIRMED_SOON: Final = "loss-confirmed-at-once-where-a-look-was-dropped"
 UNKNOWN_TWICE: Final = ErrorDetails(code=FailureCode.LOST, message="ComfyUI no longer knows the job.", retryable=True)
 MAX_BEGUN: Final = 4
 """The current job, one whose id is not known yet, and strangers."""
@@ -277,6 +278,8 @@ class JobWatch:
     def stop_polling(self) -> None:
         """A poll or a look changes nothing and may be dropped at any time."""
         self._ticks.stop()
+        if self._is_loss_open and workflow.patched(LOSS_CONFIRMED_SOON):
+            self.state.last_news_at = self.state.unknown_since  # else the next poll waits as long as after any other
         self._is_loss_open = False
         if self._poll is not None:
             self._poll.cancel()

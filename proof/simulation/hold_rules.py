@@ -85,7 +85,11 @@ class HoldRules:
         must(not held or amount >= held[-1], "less is held than before:", amount, *held)
 
     def _check_life(self, expire_in: int, at: float) -> None:
-        deadlines = [*self.deadlines(at), *self.deadlines(at, estimates=self._estimates(but_during_calls_at=at))]
+        deadlines = [
+            *self.deadlines(at),
+            *self.deadlines(at, estimates=self._estimates(but_during_calls_at=at)),
+            *self.deadlines(at, is_lost_late=True),
+        ]
         right = {self._life(deadline - at) for deadline in deadlines}
         must(
             any(abs(expire_in - life) <= EARLY or (life <= SHORTEST and 60 <= expire_in <= SHORTEST) for life in right),
@@ -205,10 +209,11 @@ class HoldRules:
 
     # Deadlines (contract §1)
 
-    def deadlines(self, at: float, *, estimates: list[float] | None = None) -> list[float]:
+    def deadlines(self, at: float, *, estimates: list[float] | None = None, is_lost_late: bool = False) -> list[float]:
         """When the present attempt may be out of time, by every `estimated_time` that was reported of it.
 
-        `estimates`: those that the cap is counted from, where they are not all that there are.
+        `estimates`: those that the cap is counted from, where they are not all that there are. `is_lost_late`: a lost
+        job counts as lost from the last poll that says so. A run that continues as new at the one before polls again.
 
         Between two attempts the next may begin at any time: its deadline is computed as if it began now.
         """
@@ -228,7 +233,7 @@ class HoldRules:
         factor, cap = self._factor, scenario.policy.cap_minutes
         known = self._estimates() if estimates is None else estimates
         longest_span = factor * max([*known, *accepted], default=max(spans))
-        queued = sum(self._queued_in(n, at) for n in witness.attempts)
+        queued = sum(self._queued_in(n, at, is_lost_late=is_lost_late) for n in witness.attempts)
         capped = (first_start or at) + queued + 60 * min(2 * longest_span, cap)
         starts = [start or at, at] if self._world.jobs.has_failed(current.job_id) else [start or at]
         return [min(start + 60 * factor * span, capped) for start in starts for span in spans]
@@ -255,7 +260,7 @@ class HoldRules:
         start = self.start_of(n)
         return None if start is None else start + self._queued_in(n, at)
 
-    def _queued_in(self, n: int, at: float) -> float:
+    def _queued_in(self, n: int, at: float, *, is_lost_late: bool = False) -> float:
         """How long an attempt's job waited in the queue (contract §1: that counts for no deadline)."""
         start, attempt = self.start_of(n), self._world.witness.attempts[n]
         if start is None:
@@ -263,6 +268,8 @@ class HoldRules:
         reports = self._world.witness.reports.get(attempt.job_id or "", ())
         begun = [max(start, report.at) for report in reports if not report.is_queued]
         lost_at = self._world.witness.lost_at(attempt.job_id)
+        if lost_at is not None and is_lost_late:
+            lost_at = self._world.witness.unknown_at[attempt.job_id or ""][-1]
         later = self._world.witness.attempts.get(n + 1)
         ends = [*begun[:1], lost_at, later.call.scheduled_at if later is not None else at]
         end = min(found for found in ends if found is not None)

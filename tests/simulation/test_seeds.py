@@ -120,6 +120,8 @@ def test_a_schedule_of_many_resets_that_once_failed_keeps_the_invariants(seed: i
         pytest.param("image", 60756, "field", 0.3, id="a submit without an answer until the job's time is over"),
         pytest.param("image", 35513, "both", RESETS, id="a run whose first task is tried until the time is over"),
         pytest.param("image", 62287, "field", 0.3, id="a hold of before a reset and of hundreds of renewals"),
+        pytest.param("image", 8804, "both", RESETS, id="a loss that a run hears of as it continues as new"),
+        pytest.param("image", 17552, "both", RESETS, id="such a loss, and a pause for a hold since"),
         pytest.param("training", 706, "both", RESETS, id="a start that its window cuts short"),
         pytest.param("training", 824, "both", RESETS, id="a delivery before its price is confirmed"),
         pytest.param("training", 1298, "both", RESETS, id="a price that rises as the run continues as new"),

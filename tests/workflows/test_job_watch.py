@@ -81,6 +81,9 @@ class Look:
     def __init__(self, heard: Heard | None) -> None:
         self._heard = heard
 
+    def cancel(self) -> None:
+        """Its answer is not read."""
+
     def done(self) -> bool:
         return True
 
@@ -599,6 +602,24 @@ def test_what_was_heard_while_a_second_404_was_awaited_decides_whether_the_job_i
     newest = half_lost.watch.newest
     assert newest is not None
     assert (newest.error is None) == (seconds_ago == 100.0)
+
+
+def test_a_loss_whose_look_is_dropped_as_the_run_continues_is_confirmed_at_once(half_lost: Watched) -> None:
+    """Seen: the job was polled again after the usual pause, half an hour for a training."""
+    half_lost.look()
+    half_lost.watch.check()
+    half_lost.pass_seconds(300)
+    half_lost.polls.all[1].answer = Answer(refusal=UNKNOWN)
+    half_lost.watch.read()
+    half_lost.watch.stop_polling()
+    due_in = half_lost.due_in()
+    assert due_in is not None and due_in <= 0.0
+    half_lost.watch.check()
+    half_lost.polls.all[2].answer = Answer(refusal=UNKNOWN)
+    half_lost.watch.read()
+
+    newest = half_lost.watch.newest
+    assert newest is not None and newest.error is not None and newest.error.code == "lost"
 
 
 @pytest.mark.parametrize("answer", ["the same state", "unknown", "unreadable"])
