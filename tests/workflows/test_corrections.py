@@ -23,7 +23,7 @@ from store import TaskStore
 from store.by_hand import Found
 from tests.conftest import NewDatabase, unique
 from tests.workflows.books import check_histories, ended, give_back
-from tests.workflows.payers import Payer, end_open_holds, has_kinds, holds_of, new_payer
+from tests.workflows.payers import Payer, end_open_holds, has_kinds, holds_of, new_payer, refuse_cancels
 from tests.workflows.platform import Handle, Platform, running_platform, task_id_of
 from tests.workflows.resets import point_before, points_of, reset
 from tests.workflows.test_reset_settlement import charged_and_reset, stalled
@@ -186,7 +186,7 @@ async def test_a_ledger_that_is_cut_corrects_a_task_of_which_it_shows_everything
     assert await credits_in_row(alone, handle) == {**result["credits"], **known}
 
 
-COMMITTED, BACK = OneHold(1, HD, "commit", HD), OneHold(2, HD, "cancel")
+COMMITTED, BACK, OPEN = OneHold(1, HD, "commit", HD), OneHold(2, HD, "cancel"), OneHold(3, HD)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -222,6 +222,65 @@ def test_a_cut_ledger_settles_only_what_it_shows_from_the_first_hold_on(
     recorded = CreditsSummary(held=HD, pre_deduct_count=granted, settlement=SettlementState.UNKNOWN)
     found = corrected(recorded, TaskLedger(entries[::-1], is_complete=False), lives=lives)
     assert (found.charged if found else None) == charged
+
+
+@pytest.mark.parametrize(
+    ("shown", "granted", "lives", "is_last_look", "is_settled"),
+    [
+        ([BACK, OPEN], 1, 0, True, True),
+        ([BACK, OPEN], 1, 0, False, False),
+        ([BACK, OPEN], 2, 0, True, False),
+        ([BACK, OPEN], 1, 1, True, False),
+        ([BACK, OPEN], 1, None, True, False),
+        ([OneHold(1, HD, "commit", 0), OPEN], 1, 0, True, False),
+        ([OPEN, OneHold(4, HD)], 1, 0, True, False),
+        ([BACK, OPEN], 0, 0, True, False),
+    ],
+    ids=[
+        "as many ends as holds were granted",
+        "a commit may still be shown",
+        "both were granted",
+        "an earlier life may have been granted the other",
+        "whether it was reset is not known",
+        "the end of it is a commit of nothing",
+        "none of them has ended",
+        "none was granted",
+    ],
+)
+def test_an_open_doubled_hold_leaves_no_settlement_unknown_for_good(
+    shown: list[OneHold], granted: int, lives: int | None, is_last_look: bool, is_settled: bool
+) -> None:
+    recorded = CreditsSummary(held=HD, pre_deduct_count=granted, settlement=SettlementState.UNKNOWN)
+    for shape in SHAPES:
+        ledger = TaskLedger([entry for hold in shown for entry in entries_of_hold(hold, shape)])
+        found = corrected(recorded, ledger, lives=lives, is_last_look=is_last_look)
+        if is_settled and shape == "reason":
+            assert found is not None and (found.charged, found.returned) == (0, HD)
+        else:
+            assert found is None, f"by {shape}: a ledger with ids shows which hold is open"
+
+
+@pytest.mark.parametrize("alone", [FIELD], indirect=True, ids=["field"])
+async def test_a_task_whose_hold_has_ended_beside_a_doubled_one_is_corrected_once_a_day_has_passed(
+    alone: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payer = await new_payer(alone)
+    admin, task = alone.simulators.admin, payer.image()
+    await admin.credits.fault("drop", route="pre_deduct", task_id=task["task_id"], when="after")
+    await admin.comfyui.fault("job_stall", route="submit_job", task_id=task["task_id"])
+    handle = await alone.start(task)
+    await alone.until_held(task["task_id"])
+    await refuse_cancels(alone, handle, times=None)
+    await alone.cancel(handle)
+    assert (await handle.result())["credits"]["settlement"] == "unknown"
+    doubled, own = await holds_of(alone, handle)
+    assert (doubled.phase, own.phase) == ("open", "open")
+    await admin.credits.cancel_hold(own.pre_deduct_id)
+    assert (await reconcile(alone)).corrected == 0, "a commit may be shown later"
+    monkeypatch.setattr(correction, "LAST_LOOK_AFTER", timedelta(0))
+    assert (await reconcile(alone)).corrected == 1
+    credits = await credits_in_row(alone, handle)
+    assert (credits["charged"], credits["returned"], credits["settlement"]) == (0, HD, "settled")
 
 
 @pytest.mark.parametrize("shows", ["its hold's end", "nothing"])
