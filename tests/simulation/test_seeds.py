@@ -122,6 +122,7 @@ def test_a_schedule_of_many_resets_that_once_failed_keeps_the_invariants(seed: i
         pytest.param("image", 62287, "field", 0.3, id="a hold of before a reset and of hundreds of renewals"),
         pytest.param("image", 8804, "both", RESETS, id="a loss that a run hears of as it continues as new"),
         pytest.param("image", 17552, "both", RESETS, id="such a loss, and a pause for a hold since"),
+        pytest.param("training", 3388, "both", RESETS, id="a training's next job after such a loss"),
         pytest.param("training", 706, "both", RESETS, id="a start that its window cuts short"),
         pytest.param("training", 824, "both", RESETS, id="a delivery before its price is confirmed"),
         pytest.param("training", 1298, "both", RESETS, id="a price that rises as the run continues as new"),
