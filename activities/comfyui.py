@@ -206,7 +206,7 @@ class ComfyUIActivities:
 
 
 def deciding_pools(pools: list[GpuPool], gpu_type: str | None) -> list[GpuPool]:
-    """One pool for each type, with free GPUs if possible: of the requested type, else of the first types."""
+    """One pool for each type, one that has GPUs if possible: of the requested type, else of the first types."""
     deciding: dict[str, GpuPool] = {}
     for pool in pools:
         known = deciding.get(pool.gpu_type)
