@@ -142,6 +142,7 @@ def every_call(comfyui: ComfyUIClient, credits_client: CreditsClient) -> dict[st
         "get_training": lambda: comfyui.get_training(training_call()),
         "cancel_training": lambda: comfyui.cancel_training(training_call("task-1:cancel:1")),
         "list_gpus": lambda: comfyui.list_gpus(call_for(scene=Scene.MODEL_TRAIN)),
+        "list_templates": lambda: comfyui.list_templates(call_for()),
         "estimate": lambda: credits_client.estimate(estimate_post()),
         "pre_deduct": lambda: credits_client.pre_deduct(pre_deduct_post()),
         "commit": lambda: credits_client.commit(commit_post()),

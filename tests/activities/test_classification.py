@@ -28,9 +28,11 @@ COMFYUI_CALLS = [
     "get_training",
     "cancel_training",
     "list_gpus",
+    "list_templates",
 ]
 CREDITS_CALLS = ["estimate", "pre_deduct", "commit", "cancel_hold", "charge", "balance", "ledger"]
-OURS = {"cancel_job", "start_training", "cancel_training", "list_gpus"}
+LISTS = {"list_gpus", "list_templates"}
+OURS = {"cancel_job", "start_training", "cancel_training", *LISTS}
 F = FailureCode
 
 # Contract §2 and §4, row by row: call, message, number, HTTP status, outcome.
@@ -92,6 +94,8 @@ BY_NUMBER: list[tuple[str, str, str]] = [
     ("submit_job", "40402", "template_not_found"),
     ("get_job", "40401", "job_not_found"),
     ("get_training", "40401", "training_not_found"),
+    ("start_training", "40401", "training_not_found"),
+    ("cancel_training", "40401", "training_not_found"),
     ("pre_deduct", "40201", "insufficient_balance"),
     ("pre_deduct", "40302", "authorization_missing"),
     ("pre_deduct", "40401", "authorization_not_found"),
@@ -404,7 +408,7 @@ GOOD_REPLY: dict[str, Any] = {
     **dict.fromkeys(("estimated_cost", "selected_cost", "frozen_amount", "change", "balance", "frozen"), 24),
 }
 ABOUT_POINTS = ["submit_job", "estimate", "pre_deduct", "commit", "charge", "balance"]
-ABOUT_IDS = [*(name for name in COMFYUI_CALLS if name != "list_gpus"), "pre_deduct", "commit", "cancel_hold", "charge"]
+ABOUT_IDS = [*(name for name in COMFYUI_CALLS if name not in LISTS), "pre_deduct", "commit", "cancel_hold", "charge"]
 
 
 @pytest.mark.parametrize("call", [*ABOUT_IDS, "estimate", "balance"])
@@ -468,7 +472,7 @@ async def test_a_redirect_is_not_followed(facing: Facing, status: int) -> None:
 )
 async def test_an_answer_about_another_id_is_an_invalid_reply(facing: Facing, call: str, reply: dict[str, Any]) -> None:
     async with facing(always(200, reply)) as (_, calls):
-        with pytest.raises(OutsideFailure) as raised:
+        with pytest.raises(OutsideFailure, match=r"is '(\w+)-2', expected '\1-1'") as raised:
             await calls[call]()
     assert raised.value.code is F.REPLY_INVALID
 

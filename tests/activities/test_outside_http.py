@@ -249,6 +249,7 @@ SCOPES = {
     "get_training": Scope.TASK_READ,
     "cancel_training": Scope.TASK_CANCEL,
     "list_gpus": Scope.TASK_READ,
+    "list_templates": Scope.TASK_READ,
     **dict.fromkeys(("estimate", "pre_deduct", "commit", "cancel_hold", "charge", "balance", "ledger"), "scene"),
 }
 
@@ -405,7 +406,7 @@ async def test_a_ledger_with_a_repeated_cursor_is_an_invalid_reply() -> None:
         serving(always(200, {"entries": [], "cursor": "again"})) as server,
         CreditsClient(server.url, tokens()) as client,
     ):
-        with pytest.raises(OutsideFailure) as raised:
+        with pytest.raises(OutsideFailure, match=r"GET /api/v1/credits/ledger .* leads in a circle") as raised:
             await client.ledger(LedgerQuery(call_for=call_for(), task_id="task-1"))
     assert raised.value.code is FailureCode.REPLY_INVALID
 
