@@ -350,6 +350,7 @@ def _checked_address(url: str, party: Party) -> str:
         raise ValueError(f"{party.setting}: must be an http:// or https:// address")
     if parsed.userinfo:
         raise ValueError(f"{party.setting}: must not contain credentials; calls use bearer tokens")
-    if parsed.query or parsed.fragment:
+    # Also an empty one: the path of every call would be read as part of it.
+    if "?" in url or "#" in url:
         raise ValueError(f"{party.setting}: must not contain a query or fragment")
     return str(parsed).rstrip("/")

@@ -88,7 +88,7 @@ def read_error_body(body: bytes) -> ErrorBody | None:
     return ErrorBody(
         message=message,
         number=number,
-        fields=[_text(field) for field in fields[:5]] if isinstance(fields, list) else [],
+        fields=[text for text in map(_text, fields) if text][:5] if isinstance(fields, list) else [],
         error_details=_details(detail.get("error_details")),
     )
 
@@ -181,7 +181,7 @@ def _retried(http: OutsideHttp, route: Route, raw: RawReply, row: WireError, bod
 def _unrecognised(http: OutsideHttp, route: Route, raw: RawReply, body: ErrorBody | None) -> OutsideFailure:
     """`body`: an error body of the contract's shape with an unknown message and number."""
     retry_after = read_retry_after(raw)
-    message = f" and says {body.number} {body.message}".rstrip() if body is not None else ""
+    message = f" and says {f'{body.number} {body.message}'.strip()}" if body is not None else ""
     if raw.status == 401 or (raw.status == 403 and body is None):
         reason = f"HTTP {raw.status}: our token was not accepted; check secret, issuer, audience and both sides' clocks"
         return http.unavailable(route, reason, retry_after_seconds=retry_after)

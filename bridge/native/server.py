@@ -74,7 +74,8 @@ class NativeServer(OwnsClient):
                 f"the address of the server at {parsed.host} has a password in it, which logs and process lists show: "
                 "set COMFYUI_TEMPORAL_GPU_SERVER_LOGIN"
             )
-        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+        # Also an empty query: the path of every request would be read as part of it.
+        if parsed.scheme not in ("http", "https") or not parsed.host or "?" in url or "#" in url:
             raise ValueError(f"{url!r} is not an http:// or https:// address of a ComfyUI server")
         self.url = str(parsed).rstrip("/")
         self._headers = dict(headers or {})

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from activities.comfyui import COMFYUI, LIST_GPUS
 from activities.credits import CreditsClient
-from activities.outside_http import OutsideFailure
+from activities.outside_http import OutsideFailure, OutsideHttp, RawReply
+from activities.replies import read_answer, read_error_body
 from comfyui_temporal.contracts.errors import COMFYUI_ERRORS, CREDITS_ERRORS, FailureCode
 from tests.activities.calls import estimate_post, tokens
 from tests.activities.conftest import Facing
@@ -276,6 +280,7 @@ async def test_a_refused_job_fails_with_the_code_of_its_details(
     if isinstance(details, dict) and isinstance(details["code"], str):
         assert answer.refusal.error_details is not None
         assert answer.refusal.error_details.code == details["code"]
+        assert answer.refusal.sentence.endswith(f"job_refused. {details['code']}: {details.get('message', '')}")
 
 
 async def test_an_odd_extra_field_does_not_hide_the_message(facing: Facing) -> None:
@@ -284,7 +289,116 @@ async def test_an_odd_extra_field_does_not_hide_the_message(facing: Facing) -> N
         answer = await calls["submit_job"]()
     assert answer.refusal is not None
     assert answer.refusal.code is F.INPUT_INVALID
-    assert "prompt: too long" in answer.refusal.sentence
+    assert "payload_invalid (prompt: too long). " in answer.refusal.sentence
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ([], "payload_invalid. "),
+        ("prompt: too long", "payload_invalid. "),
+        ([{"loc": ["prompt"]}, None, ""], "payload_invalid. "),
+        (["prompt: too long", 7], "payload_invalid (prompt: too long; 7). "),
+        (list("abcdefg"), "payload_invalid (a; b; c; d; e). "),
+    ],
+)
+async def test_a_refusal_names_up_to_five_fields(facing: Facing, fields: Any, named: str) -> None:
+    async with facing(always(422, error_body("payload_invalid", fields=fields))) as (_, calls):
+        answer = await calls["submit_job"]()
+    assert answer.refusal is not None
+    assert answer.refusal.sentence.startswith(f"ComfyUI refused POST /comfyui/v1/jobs: {named}")
+
+
+@pytest.mark.parametrize("number", ["40401", 40401])
+async def test_a_number_alone_is_enough(facing: Facing, number: str | int) -> None:
+    async with facing(always(404, {"detail": {"code": number}})) as (_, calls):
+        answer = await calls["cancel_job"]()
+    assert answer.refusal is not None
+    assert answer.refusal.message == "job_not_found"
+
+
+@pytest.mark.parametrize(
+    ("detail", "known"),
+    [
+        ({"message": "busy", "code": 1}, ("busy", "1")),
+        ({"message": "busy", "code": True}, ("busy", "")),
+        ({"message": ["busy"], "code": "1"}, ("", "1")),
+        ({"message": False, "code": "1"}, ("", "1")),
+        ({"message": None, "code": 1.5}, None),
+        ({"message": "", "code": {}}, None),
+        ({}, None),
+        ("busy", None),
+    ],
+)
+def test_an_error_body_needs_a_text_or_a_number_that_says_something(detail: Any, known: tuple[str, str] | None) -> None:
+    body = read_error_body(json.dumps({"detail": detail}).encode())
+    assert (body and (body.message, body.number)) == known
+
+
+NO_ANSWER = "ComfyUI at {url} did not answer GET /comfyui/v1/jobs/{{job_id}}: {reason}. It is retried; "
+NOT_KNOWN = (
+    "ComfyUI at {url} answered GET /comfyui/v1/jobs/{{job_id}} in a way that the contract does not know: {reason}. "
+    "It is retried; "
+)
+A_JOB: dict[str, Any] = {"job_id": "job-1", "job_status": "queued"}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "sentence", "reason"),
+    [
+        (200, {"job_id": "job-1"}, NOT_KNOWN, "HTTP 200, application/json, job_status: Field required"),
+        (
+            200,
+            A_JOB | {"result_urls": ["file:///a", "https://a.example/"]},
+            NOT_KNOWN,
+            "HTTP 200, application/json, result_urls.0: ...",
+        ),
+        (200, [], NOT_KNOWN, "HTTP 200, application/json, the whole body: ..."),
+        (200, b"<html>", NOT_KNOWN, "HTTP 200, application/json, not JSON: JSONDecodeError"),
+        (200, A_JOB | {"job_id": "job-2"}, NOT_KNOWN, "HTTP 200, application/json, job_id is 'job-2', expected ..."),
+        (200, b"", NOT_KNOWN, "HTTP 200, no body, not JSON: JSONDecodeError"),
+        (300, A_JOB, NOT_KNOWN, "HTTP 300, a redirect, which is not followed"),
+        (400, b"<html>", NOT_KNOWN, "HTTP 400, application/json"),
+        (400, error_body("words of tomorrow", 7), NOT_KNOWN, "HTTP 400, application/json and says 7 words of tomorrow"),
+        (410, b"", NOT_KNOWN, "HTTP 410, no body"),
+        (
+            401,
+            b"",
+            NO_ANSWER,
+            "HTTP 401: our token was not accepted; check secret, issuer, audience and both sides' clocks",
+        ),
+        (503, b"", NO_ANSWER, "HTTP 503"),
+        (503, error_body("busy"), NO_ANSWER, "HTTP 503 and says busy"),
+    ],
+)
+async def test_a_failure_says_who_was_asked_what_and_what_is_wrong_with_the_answer(
+    facing: Facing, status: int, body: Any, sentence: str, reason: str
+) -> None:
+    async with facing(always(status, body)) as (server, calls):
+        with pytest.raises(OutsideFailure) as raised:
+            await calls["get_job"]()
+    wanted = re.escape(sentence.format(url=server.url, reason=reason)).replace(r"\.\.\.", ".+")
+    assert re.match(wanted, raised.value.sentence), raised.value.sentence
+
+
+@pytest.mark.parametrize(
+    ("content_type", "named"),
+    [
+        ("text/html", "text/html"),
+        (" Text/HTML ; charset=utf-8", "text/html"),
+        ("a" * 64, "a" * 64),
+        ("a" * 65, "no content type"),
+        ("text/\u00e4", "no content type"),
+        ("text/\x07html", "no content type"),
+        ("", "no content type"),
+        (None, "no content type"),
+    ],
+)
+async def test_a_failure_names_the_content_type_where_it_is_readable(content_type: str | None, named: str) -> None:
+    headers = httpx.Headers({} if content_type is None else {"content-type": content_type.encode()})  # type: ignore[dict-item]
+    async with OutsideHttp(COMFYUI, "http://comfyui.test") as http:
+        with pytest.raises(OutsideFailure, match=re.escape(f"HTTP 418, {named}. It is retried")):
+            read_answer(http, LIST_GPUS, RawReply(418, headers, b"short and stout"), dict)
 
 
 @pytest.mark.parametrize("call", [*COMFYUI_CALLS, *CREDITS_CALLS])
@@ -338,6 +452,8 @@ async def test_a_404_with_an_unknown_message_does_not_make_a_route_not_offered(f
         ("86400", 60, 60),
         ("9" * 400, 60, 60),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        ("Wed, 21 Oct 2015 07:28:00", 0, 0),
+        ("Wed, 21 Oct 2115 07:28:00", 60, 60),
     ],
 )
 async def test_retry_after_is_kept_up_to_a_minute(facing: Facing, header: str, low: float, high: float) -> None:
@@ -348,8 +464,10 @@ async def test_retry_after_is_kept_up_to_a_minute(facing: Facing, header: str, l
     assert low <= raised.value.retry_after_seconds <= high
 
 
-async def test_retry_after_may_be_a_date(facing: Facing) -> None:
-    header = format_datetime(datetime.now(UTC) + timedelta(seconds=40), usegmt=True)
+@pytest.mark.parametrize("offset_hours", [0, 2, -5])
+async def test_retry_after_may_be_a_date_of_any_time_zone(facing: Facing, offset_hours: int) -> None:
+    at = datetime.now(UTC) + timedelta(seconds=40)
+    header = format_datetime(at.astimezone(timezone(timedelta(hours=offset_hours))))
     async with facing(always(503, b"", {"retry-after": header})) as (_, calls):
         with pytest.raises(OutsideFailure) as raised:
             await calls["estimate"]()
@@ -357,7 +475,7 @@ async def test_retry_after_may_be_a_date(facing: Facing) -> None:
     assert 20 <= raised.value.retry_after_seconds <= 40
 
 
-@pytest.mark.parametrize("header", ["soon", "-5", "1e9", "Wed, 99 Oct 99999 07:28:00 GMT", ""])
+@pytest.mark.parametrize("header", ["soon", "-5", "1e9", "\u00b2", "\u0663", "Wed, 99 Oct 99999 07:28:00 GMT", ""])
 async def test_an_unreadable_retry_after_is_ignored(facing: Facing, header: str) -> None:
     async with facing(always(503, b"", {"retry-after": header})) as (_, calls):
         with pytest.raises(OutsideFailure) as raised:
@@ -448,7 +566,7 @@ async def test_a_negative_amount_is_an_invalid_reply(facing: Facing, call: str) 
     assert raised.value.code is F.REPLY_INVALID
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
 async def test_a_redirect_is_not_followed(facing: Facing, status: int) -> None:
     async with facing(always(status, b"", {"location": "/elsewhere"})) as (server, calls):
         with pytest.raises(OutsideFailure) as raised:

@@ -17,9 +17,17 @@ import pytest
 import pytest_asyncio
 from temporalio.api.common.v1 import Payload
 
-from activities.comfyui import COMFYUI, LIST_GPUS, ComfyUIClient
+from activities.comfyui import COMFYUI, GET_JOB, LIST_GPUS, ComfyUIClient
 from activities.credits import CreditsClient
-from activities.outside_http import CONNECTION_FAILURES, OutsideFailure, OutsideHttp, RawReply, time_limit
+from activities.outside_http import (
+    CONNECTION_FAILURES,
+    OutsideFailure,
+    OutsideHttp,
+    RawReply,
+    current_time_limit_seconds,
+    only_if_answering,
+    time_limit,
+)
 from activities.tokens import ServiceToken, SignedTokens
 from comfyui_temporal.contracts.calls import LedgerQuery, Post
 from comfyui_temporal.contracts.comfyui import JobRequest
@@ -47,13 +55,14 @@ HTTPX_EXCEPTIONS = [
 ]
 
 
+COMFYUI_URL = "http://comfyui.test:8188"
 FailingWith = Callable[[Exception], Awaitable[RawReply]]
 
 
 @pytest_asyncio.fixture(scope="module")
 async def failing_with() -> AsyncIterator[FailingWith]:
     """`await failing_with(error)`: a request whose transport raises that error."""
-    async with OutsideHttp(COMFYUI, "http://comfyui.test:8188") as http:
+    async with OutsideHttp(COMFYUI, COMFYUI_URL) as http:
 
         async def send(error: Exception) -> RawReply:
             def fail(request: httpx.Request) -> httpx.Response:
@@ -73,8 +82,38 @@ async def test_every_exception_of_httpx_is_one_named_failure(failing_with: Faili
         await failing_with(kind.__new__(kind))
     assert raised.value.code in (FailureCode.COMFYUI_UNAVAILABLE, FailureCode.REPLY_INVALID)
     assert raised.value.may_be_retried
-    assert CONNECTION_FAILURES[kind] in raised.value.sentence
-    assert "http://comfyui.test:8188" in raised.value.sentence
+    assert raised.value.sentence.startswith(
+        {
+            FailureCode.COMFYUI_UNAVAILABLE: f"ComfyUI at {COMFYUI_URL} did not answer GET /comfyui/v1/gpus: ",
+            FailureCode.REPLY_INVALID: f"ComfyUI at {COMFYUI_URL} answered GET /comfyui/v1/gpus in a way that the "
+            "contract does not know: ",
+        }[raised.value.code]
+        + f"{CONNECTION_FAILURES[kind]}. It is retried; check that "
+    )
+    assert str(raised.value) == raised.value.sentence
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("", "no connection. "),
+        ("connection", "no connection. "),
+        ("All connection attempts failed", "no connection (All connection attempts failed). "),
+        ("nul \0 and surrogate \ud800", "no connection (nul \ufffd and surrogate \ufffd). "),
+    ],
+)
+async def test_what_httpx_says_is_part_of_the_reason_where_it_adds_something(
+    failing_with: FailingWith, message: str, reason: str
+) -> None:
+    with pytest.raises(OutsideFailure) as raised:
+        await failing_with(httpx.ConnectError(message))
+    assert f"GET /comfyui/v1/gpus: {reason}It is retried" in raised.value.sentence
+
+
+async def test_a_very_long_error_is_shortened(failing_with: FailingWith) -> None:
+    with pytest.raises(OutsideFailure) as raised:
+        await failing_with(httpx.ConnectError("x" * 10_000))
+    assert len(raised.value.sentence) < 800
 
 
 async def test_an_unexpected_error_has_a_name_too(failing_with: FailingWith) -> None:
@@ -151,7 +190,10 @@ async def test_a_slow_trickle_of_bytes_does_not_hold_a_request_open(where: str) 
                 )
             assert time.monotonic() - began < 1
             assert [getattr(outcome, "code", outcome) for outcome in outcomes] == [FailureCode.COMFYUI_UNAVAILABLE] * 2
-            assert all("within 0.15 s" in str(outcome) for outcome in outcomes)
+            for route, outcome in zip(
+                ("POST /comfyui/v1/jobs", "GET /comfyui/v1/jobs/{job_id}"), outcomes, strict=True
+            ):
+                assert f"did not answer {route}: no whole answer within 0.15 s. It is retried" in str(outcome)
         server.answer = always(202, {"job_id": "job-1", "estimated_cost": 24})
         assert (await client.submit_job(job_post())).reply is not None
 
@@ -191,6 +233,48 @@ async def test_a_silent_server_is_left_after_the_read_limit() -> None:
     assert "sent nothing for too long" in raised.value.sentence
 
 
+async def test_short_tries_are_not_sent_while_the_party_hangs_and_others_are() -> None:
+    async def silent(request: Seen, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(60)
+
+    async def failure() -> str:
+        with pytest.raises(OutsideFailure) as raised:
+            await client.get_job(job_call())
+        assert raised.value.code is FailureCode.COMFYUI_UNAVAILABLE
+        return raised.value.sentence
+
+    async with serving(silent) as server, ComfyUIClient(server.url, tokens(), read_seconds=0.1) as client:
+        with only_if_answering():
+            await failure()
+            assert "/jobs/{job_id}: another request to it timed out a moment ago. It is retried" in await failure()
+        assert len(server.seen) == 1
+        await failure()
+        assert len(server.seen) == 2
+
+
+def test_a_time_limit_shortens_the_usual_one_and_ends_with_its_block() -> None:
+    usual = current_time_limit_seconds()
+    with time_limit(0.5):
+        assert current_time_limit_seconds() == 0.5
+        with time_limit(1_000):
+            assert current_time_limit_seconds() == usual
+        assert current_time_limit_seconds() == 0.5
+    assert current_time_limit_seconds() == usual
+
+
+@pytest.mark.parametrize("extra_bytes", [0, 1])
+async def test_a_body_of_exactly_the_limit_is_read_whole(extra_bytes: int) -> None:
+    body = b"x" * (100 + extra_bytes)
+    async with serving(always(200, body)) as server, OutsideHttp(COMFYUI, server.url, max_reply_bytes=100) as http:
+        if not extra_bytes:
+            assert (await http.send(LIST_GPUS, token="t")).body == body
+            return
+        with pytest.raises(OutsideFailure) as raised:
+            await http.send(LIST_GPUS, token="t")
+    assert raised.value.code is FailureCode.REPLY_INVALID
+    assert "know: HTTP 200 with a body of more than 100 bytes. It is retried" in raised.value.sentence
+
+
 async def test_a_full_pool_is_reported() -> None:
     async def silent(request: Seen, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(60)
@@ -211,6 +295,9 @@ async def test_a_full_pool_is_reported() -> None:
         "credits.test:8190",
         "http://",
         "http://credits.test/?key=1",
+        "http://credits.test/#part",
+        "http://credits.test?",
+        "http://credits.test#",
         "http://[::1",
         "",
     ],
@@ -227,8 +314,19 @@ async def test_what_a_request_carries(facing: Facing) -> None:
     [seen] = server.seen
     assert (seen.method, seen.target) == ("POST", "/comfyui/v1/jobs")
     assert seen.headers["x-idempotency-key"] == "task-1:submit:1"
-    assert b'"extras":{"seed":null}' in seen.body
-    assert PROMPT.encode() in seen.body
+    assert seen.headers["content-type"] == "application/json"
+    assert json.loads(seen.body) == {
+        "task_id": "task-1",
+        "tenant_id": "tenant-demo",
+        "user_id": "user-demo",
+        "template_id": "text-to-image",
+        "prompt": PROMPT,
+        "controls": [],
+        "resolution": "hd",
+        "priority": "standard",
+        "extras": {"seed": None},
+        "callback_url": "http://127.0.0.1:1/callbacks/comfyui/task-1",
+    }, "what was not asked for is left out"
     claims = jwt.decode(
         seen.headers["authorization"].removeprefix("Bearer "),
         SECRET,
@@ -238,6 +336,7 @@ async def test_what_a_request_carries(facing: Facing) -> None:
     )
     assert (claims["tenant_id"], claims["user_id"]) == ("tenant-demo", "user-demo")
     assert 290 < claims["exp"] - time.time() <= 301
+    assert claims["iat"] < time.time() - 20, "a service whose clock is a little slow takes it too"
 
 
 SCOPES = {
@@ -299,6 +398,17 @@ def test_a_service_token_that_no_header_can_hold_is_refused(token: str) -> None:
         ServiceToken(token)
 
 
+def test_the_shortest_secret_and_a_token_of_every_printable_character_are_taken() -> None:
+    assert jwt.decode(
+        SignedTokens("s" * 32, "issuer", "audience")(tenant_id="t", user_id="u", scope=Scope.TASK_READ),
+        "s" * 32,
+        algorithms=["HS256"],
+        audience="audience",
+    )
+    printable = "".join(map(chr, range(0x21, 0x7F)))
+    assert ServiceToken(printable)(tenant_id="t", user_id="u", scope=Scope.TASK_READ) == printable
+
+
 def test_secrets_are_long_and_never_shown() -> None:
     with pytest.raises(ValueError, match="32 bytes"):
         SignedTokens("short", "issuer", "audience")
@@ -313,6 +423,16 @@ async def test_an_id_is_percent_encoded_in_a_path(facing: Facing) -> None:
     ):
         await client.get_job(job_call("a:b/../c?d#e%2f"))
         assert server.seen[0].target == "/comfyui/v1/jobs/a%3Ab%2F..%2Fc%3Fd%23e%252f"
+
+
+async def test_an_id_that_no_address_can_hold_is_a_named_failure(facing: Facing) -> None:
+    async with facing(always(200, {})) as (server, _), OutsideHttp(COMFYUI, server.url) as http:
+        for job_id in ("\ud800", "x" * 100_000):
+            with pytest.raises(OutsideFailure) as raised:
+                await http.send(GET_JOB, token="t", ids={"job_id": job_id})
+            assert "did not answer GET /comfyui/v1/jobs/{job_id}: the " in raised.value.sentence
+            assert len(raised.value.sentence) < 1_000
+        assert server.seen == []
 
 
 @pytest.mark.parametrize("key", ["task-1:submit:1\r\nx-admin: yes", "tásk:submit:1", "", "k" * 256])

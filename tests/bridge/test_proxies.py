@@ -56,6 +56,14 @@ def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
     assert "a-password" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "url", ["ftp://gpus.example", "gpus.example:8188", "http://", "http://gpus.example/?a=b", "http://gpus.example?"]
+)
+def test_an_address_that_no_path_can_follow_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="address of a ComfyUI server"):
+        NativeClient(url)
+
+
 def test_two_settings_for_one_header_are_refused_without_a_secret() -> None:
     given = {"gpu_server_token": SecretStr("a-token"), "gpu_server_login": SecretStr("me:a-password")}
     with pytest.raises(CannotStart, match="TOKEN and _LOGIN") as refused:
