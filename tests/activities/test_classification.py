@@ -395,7 +395,7 @@ async def test_a_failure_says_who_was_asked_what_and_what_is_wrong_with_the_answ
     ],
 )
 async def test_a_failure_names_the_content_type_where_it_is_readable(content_type: str | None, named: str) -> None:
-    headers = httpx.Headers({} if content_type is None else {"content-type": content_type.encode()})  # type: ignore[dict-item]
+    headers = httpx.Headers([] if content_type is None else [(b"content-type", content_type.encode())])
     async with OutsideHttp(COMFYUI, "http://comfyui.test") as http:
         with pytest.raises(OutsideFailure, match=re.escape(f"HTTP 418, {named}. It is retried")):
             read_answer(http, LIST_GPUS, RawReply(418, headers, b"short and stout"), dict)

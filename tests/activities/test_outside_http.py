@@ -15,6 +15,11 @@ import httpx
 import jwt
 import pytest
 import pytest_asyncio
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
 from temporalio.api.common.v1 import Payload
 
 from activities.comfyui import COMFYUI, GET_JOB, LIST_GPUS, ComfyUIClient
@@ -337,6 +342,28 @@ async def test_what_a_request_carries(facing: Facing) -> None:
     assert (claims["tenant_id"], claims["user_id"]) == ("tenant-demo", "user-demo")
     assert 290 < claims["exp"] - time.time() <= 301
     assert claims["iat"] < time.time() - 20, "a service whose clock is a little slow takes it too"
+
+
+async def test_a_call_is_a_span_that_names_its_route_and_what_came_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(left))
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    async with serving(always(404)) as server, OutsideHttp(COMFYUI, server.url) as http:
+        await http.send(GET_JOB, token="t", ids={"job_id": "job-1"})
+        with pytest.raises(OutsideFailure):
+            await http.send(GET_JOB, token="t", ids={"job_id": "\ud800"})
+
+    named = {
+        "http.request.method": "GET",
+        "url.template": "/comfyui/v1/jobs/{job_id}",
+        "server.address": "127.0.0.1",
+    }
+    answered, failed = left.get_finished_spans()
+    assert {(span.name, span.kind) for span in (answered, failed)} == {
+        ("GET /comfyui/v1/jobs/{job_id}", SpanKind.CLIENT)
+    }
+    assert answered.attributes == named | {"http.response.status_code": 404}
+    assert failed.attributes == named | {"error.type": "comfyui_unavailable"}
 
 
 SCOPES = {

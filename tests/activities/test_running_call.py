@@ -25,7 +25,7 @@ from activities.credits import CreditsActivities, CreditsClient
 from activities.datasets import DatasetSnapshots
 from activities.lives import Lives
 from activities.outside_http import REQUEST_SECONDS
-from activities.running_call import SHORTEST_LIMIT_SECONDS, request_limit_seconds
+from activities.running_call import SHORTEST_LIMIT_SECONDS, answered, request_limit_seconds
 from comfyui_temporal.contracts.calls import Post
 from comfyui_temporal.contracts.comfyui import JobAccepted, JobRequest
 from comfyui_temporal.contracts.errors import Answer
@@ -231,6 +231,20 @@ async def test_local_tries_fail_at_once_while_the_party_hangs_and_visible_ones_d
 def test_a_request_ends_before_its_activity_does() -> None:
     assert request_limit_seconds(environment().info) == 9.0
     assert request_limit_seconds(environment(start_to_close_timeout=timedelta(seconds=4)).info) == 3.5
+    # A visible activity's time over all of its tries does not shorten one of them: it waits until the party is back.
+    last_try = environment(scheduled_time=datetime.now(UTC) - timedelta(minutes=14, seconds=58))
+    assert request_limit_seconds(last_try.info) == 9.0
+
+
+def test_a_local_try_has_what_is_left_of_its_time() -> None:
+    def limit(gone: float) -> float:
+        scheduled = datetime.now(UTC) - timedelta(seconds=gone)
+        local = {"is_local": True, "start_to_close_timeout": None, "scheduled_time": scheduled}
+        return request_limit_seconds(environment(schedule_to_close_timeout=timedelta(seconds=3), **local).info)
+
+    assert limit(0) == pytest.approx(2.5, abs=0.2)
+    assert limit(1) == pytest.approx(1.5, abs=0.2)
+    assert limit(60) == SHORTEST_LIMIT_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -263,15 +277,44 @@ async def test_one_line_a_call_is_logged_and_it_holds_no_secret() -> None:
             server.answer = always(503)
             with pytest.raises(ApplicationError):
                 await environment().run(activities.submit_job, job_post())
+            server.answer = held = Held(always(503))
+            running = asyncio.ensure_future((cancelled := environment()).run(activities.submit_job, job_post()))
+            await held.arrived.wait()
+            await asyncio.sleep(0.05)
+            cancelled.cancel()
+            held.release.set()
+            with pytest.raises(asyncio.CancelledError):
+                await running
             bearer = server.seen[0].headers["authorization"].removeprefix("Bearer ")
-    assert [line["outcome"] for line in lines] == ["reply", "refused:template_not_found", "comfyui_unavailable"]
+    outcomes = ["reply", "refused:template_not_found", "comfyui_unavailable", "cancelled"]
+    assert [line["outcome"] for line in lines] == outcomes
+    assert [line["log_level"] for line in lines][:3] == ["info", "info", "warning"]
     assert {line["task_id"] for line in lines} == {"task-1"}
     assert {line["tenant_id"] for line in lines} == {"tenant-demo"}
     assert {line["workflow_id"] for line in lines} == {"task-task-1"}
-    assert all(isinstance(line["milliseconds"], int) for line in lines)
+    assert all(isinstance(line["milliseconds"], int) and line["milliseconds"] < 60_000 for line in lines)
+    assert lines[3]["milliseconds"] >= 50
     assert lines[1]["attempt"] == 2
     for secret in (PROMPT, SECRET, bearer):
         assert secret not in json.dumps(lines, default=str)
+
+
+async def test_an_error_of_ours_is_logged_by_its_type_alone() -> None:
+    async def fails() -> None:
+        raise ZeroDivisionError(PROMPT)
+
+    with structlog.testing.capture_logs() as lines, pytest.raises(ZeroDivisionError):
+        await environment().run(answered, job_post().call_for, fails())
+    assert [line["outcome"] for line in lines] == ["ZeroDivisionError"]
+    assert PROMPT not in json.dumps(lines, default=str)
+
+
+@pytest.mark.parametrize("attempt", [1, 2, 3])
+async def test_an_answer_says_at_which_try_it_came(attempt: int) -> None:
+    """An earlier try may have taken effect although it failed: who reads a refusal has to know."""
+    async with comfyui_before(ACCEPTED) as (_, activities):
+        answer = await environment(attempt=attempt).run(activities.submit_job, job_post())
+    assert answer.tries == attempt
 
 
 @workflow.defn

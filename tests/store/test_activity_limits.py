@@ -13,13 +13,24 @@ from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
 from activities.task_store import BREAK_SECONDS, TRY_SECONDS, LocalBreaker, TaskStoreActivities
+from activities.unsettled import UnsettledActivities
 from comfyui_temporal.contracts.lives import EarlierLife, TaskRun
-from comfyui_temporal.contracts.task_store import LookOrder, RowSeen
-from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW
+from comfyui_temporal.contracts.reconcile import UnsettledLook
+from comfyui_temporal.contracts.task_store import (
+    Correction,
+    Heard,
+    HeardOrder,
+    LookOrder,
+    RowSeen,
+    TaskException,
+    TrainedModel,
+    UnsettledTask,
+)
+from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, CreditsSummary
 from comfyui_temporal.contracts.tenant_limits import TenantLimits
-from store import StoreUnavailable, TaskStore, TaskUnknown
+from store import StartRefused, StoreUnavailable, TaskStore, TaskUnknown, WriteRefused
 from store.tasks import Written
-from tests.store.facts import claim_of, fact, write_of
+from tests.store.facts import NOON, claim_of, fact, write_of
 from tests.store.test_activities import policy_of
 
 RUN = TaskRun(task_id="t1", run_id="run-id-of-the-activity", run_number=0, first_execution_run_id="run-1")
@@ -59,6 +70,22 @@ class RecordingStore:
     async def look(self, run: TaskRun, *, within_seconds: float) -> RowSeen:
         self._record("look", run, within_seconds)
         return RowSeen(life=self.life)
+
+    async def models(self, tenant_id: str, model_ids: list[str], *, within_seconds: float) -> list[TrainedModel]:
+        self._record("models", None, within_seconds)
+        return [TrainedModel(model_id=model_id, model_path=f"{tenant_id}/{model_id}") for model_id in model_ids]
+
+    async def heard(self, order: HeardOrder, run_id: str, *, within_seconds: float) -> Heard:
+        self._record("heard", RUN.model_copy(update={"run_id": run_id}), within_seconds)
+        return Heard(sequence=len(order.job_id), progress=1, seconds_ago=2)
+
+    async def take_unsettled(self, *, every: timedelta, limit: int) -> list[UnsettledTask]:
+        self._record("take_unsettled", None, every.total_seconds())
+        return []
+
+    async def correct_settlement(self, _correction: Correction) -> bool:
+        self._record("correct_settlement", None, 0)
+        return self.is_claimed
 
 
 async def run(
@@ -123,6 +150,35 @@ async def test_a_write_and_a_look_name_the_run_of_its_chain(name: str, argument:
     assert answer == (None if name == "write" else RowSeen(life=EarlierLife(lives=3)))
 
 
+@pytest.mark.parametrize("is_claimed", [True, False])
+async def test_the_models_that_a_claimed_task_uses_are_its_tenants(is_claimed: bool) -> None:
+    store = RecordingStore(is_claimed=is_claimed)
+    outcome = await run(store, "claim", claim_of("t1", model_ids=["a", "b"]))
+
+    assert [model.model_path for model in outcome.models] == (["tenant-a/a", "tenant-a/b"] if is_claimed else [])
+
+
+async def test_a_start_beyond_a_tenants_limit_is_answered_and_opens_the_way_for_local_tries() -> None:
+    store = RecordingStore(fails_with=StoreUnavailable("away"))
+    activities = TaskStoreActivities(cast(TaskStore, store), policy_of)
+    with pytest.raises(ApplicationError, match="away"):
+        await run(store, "claim", CLAIM, activities=activities)
+
+    store.fails_with = StartRefused("3 tasks run already")
+    refused = await run(store, "claim", CLAIM, activities=activities)
+    assert (refused.claimed, refused.refused, refused.models) == (False, "3 tasks run already", [])
+    assert refused.policy == policy_of(CLAIM)
+    assert (await run(store, "claim", CLAIM, activities=activities, local_seconds=3.0)) == refused
+
+
+async def test_what_was_heard_of_a_job_is_asked_for_by_the_run_that_the_activity_belongs_to() -> None:
+    store = RecordingStore()
+    heard = await run(store, "heard", HeardOrder(task_id="t1", job_id="a-job"))
+
+    assert heard == Heard(sequence=5, progress=1, seconds_ago=2)
+    assert store.calls == [("heard", RUN)]
+
+
 async def test_only_a_tasks_own_run_looks() -> None:
     store = RecordingStore()
     with pytest.raises(ApplicationError, match="own run") as failure:
@@ -174,6 +230,44 @@ async def test_a_store_that_answers_a_visible_try_is_tried_locally_again(failure
 
     await attempt(is_local=True)
     assert len(store.calls) == 3
+
+
+LOOK_FOR_UNSETTLED = UnsettledLook(every_seconds=60)
+CORRECTION = Correction(
+    task_id="t1",
+    credits=CreditsSummary(),
+    record=TaskException(key="found", code="settlement_corrected", message="The ledger shows it.", ts=NOON),
+)
+
+
+@pytest.mark.parametrize("is_corrected", [True, False])
+async def test_unknown_settlements_are_taken_and_a_correction_says_whether_it_was_made(is_corrected: bool) -> None:
+    store = RecordingStore(is_claimed=is_corrected)
+    unsettled = UnsettledActivities(cast(TaskStore, store))
+
+    assert await ActivityEnvironment().run(unsettled.take_unsettled, LOOK_FOR_UNSETTLED) == []
+    assert store.seconds == [60]
+    assert await ActivityEnvironment().run(unsettled.correct_settlement, CORRECTION) is is_corrected
+
+
+@pytest.mark.parametrize(
+    ("name", "failure", "is_final"),
+    [
+        ("take_unsettled", StoreUnavailable("away"), False),
+        ("correct_settlement", StoreUnavailable("away"), False),
+        ("correct_settlement", WriteRefused("a value is out of range"), True),
+    ],
+)
+async def test_work_on_unknown_settlements_is_repeated_only_while_postgresql_is_away(
+    name: str, failure: Exception, is_final: bool
+) -> None:
+    unsettled = UnsettledActivities(cast(TaskStore, RecordingStore(fails_with=failure)))
+    with pytest.raises(ApplicationError, match=str(failure)) as raised:
+        order = LOOK_FOR_UNSETTLED if name == "take_unsettled" else CORRECTION
+        await ActivityEnvironment().run(getattr(unsettled, name), order)
+
+    assert (raised.value.type, raised.value.non_retryable) == ("internal", is_final)
+    assert raised.value.__cause__ is None
 
 
 def test_before_anything_has_failed_every_local_try_is_made() -> None:
