@@ -248,7 +248,7 @@ async def test_short_tries_are_not_sent_while_the_party_hangs_and_others_are() -
         assert raised.value.code is FailureCode.COMFYUI_UNAVAILABLE
         return raised.value.sentence
 
-    async with serving(silent) as server, ComfyUIClient(server.url, tokens(), read_seconds=0.1) as client:
+    async with serving(silent) as server, ComfyUIClient(server.url, tokens(), read_seconds=0.3) as client:
         with only_if_answering():
             await failure()
             assert "/jobs/{job_id}: another request to it timed out a moment ago. It is retried" in await failure()
