@@ -25,14 +25,13 @@ from temporalio.exceptions import ApplicationError
 from activities import metrics
 from activities.outside_http import REQUEST_SECONDS, OutsideFailure, only_if_answering, time_limit
 from comfyui_temporal.contracts.calls import CallFor
-from comfyui_temporal.contracts.errors import Answer, FailureCode
+from comfyui_temporal.contracts.errors import Answer
 
 HEARTBEAT_SECONDS: Final = 0.5
 MARGIN_SECONDS: Final = 0.5
 """A request must end this long before Temporal's limit, so that its end can still be reported."""
 SHORTEST_LIMIT_SECONDS: Final = 0.5
 
-_FAILURES: Final = frozenset(code.value for code in FailureCode)
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
@@ -67,18 +66,21 @@ def one_line(call_for: CallFor) -> Iterator[LogLine]:
     """
     info = activity.info()
     bound = {"task_id": call_for.task_id, "tenant_id": call_for.tenant_id, "workflow_id": info.workflow_id}
-    line, began = LogLine(), time.monotonic()
+    line, began, has_failed = LogLine(), time.monotonic(), False
     with structlog.contextvars.bound_contextvars(**bound):
         try:
             yield line
         except OutsideFailure as failure:
-            line.outcome = failure.code.value
+            line.outcome, has_failed = failure.code.value, True
             raise as_application_error(failure) from None
+        except asyncio.CancelledError:
+            line.outcome = "cancelled"
+            raise
         except BaseException as error:
-            line.outcome = "cancelled" if isinstance(error, asyncio.CancelledError) else type(error).__name__
+            line.outcome, has_failed = type(error).__name__, True
             raise
         finally:
-            say = log.warning if line.outcome in _FAILURES else log.info
+            say = log.warning if has_failed else log.info
             say(
                 "outside_call",
                 call=info.activity_type,

@@ -47,7 +47,8 @@ class Storage:
 
     def __init__(self, url: str, *, setting: str = "BRIDGE_STORE_URL") -> None:
         parts = urlsplit(url)
-        if parts.scheme not in SCHEMES or parts.query or parts.fragment or "@" in parts.netloc:
+        # Also an empty query: the path of every object would be read as part of it.
+        if parts.scheme not in SCHEMES or "?" in url or "#" in url or "@" in parts.netloc:
             raise ValueError(
                 f"COMFYUI_TEMPORAL_{setting} must be a file://, s3://, gs:// or az:// address, without credentials."
             )

@@ -288,7 +288,7 @@ async def test_one_line_a_call_is_logged_and_it_holds_no_secret() -> None:
             bearer = server.seen[0].headers["authorization"].removeprefix("Bearer ")
     outcomes = ["reply", "refused:template_not_found", "comfyui_unavailable", "cancelled"]
     assert [line["outcome"] for line in lines] == outcomes
-    assert [line["log_level"] for line in lines][:3] == ["info", "info", "warning"]
+    assert [line["log_level"] for line in lines] == ["info", "info", "warning", "info"]
     assert {line["task_id"] for line in lines} == {"task-1"}
     assert {line["tenant_id"] for line in lines} == {"tenant-demo"}
     assert {line["workflow_id"] for line in lines} == {"task-task-1"}
@@ -305,7 +305,7 @@ async def test_an_error_of_ours_is_logged_by_its_type_alone() -> None:
 
     with structlog.testing.capture_logs() as lines, pytest.raises(ZeroDivisionError):
         await environment().run(answered, job_post().call_for, fails())
-    assert [line["outcome"] for line in lines] == ["ZeroDivisionError"]
+    assert [(line["outcome"], line["log_level"]) for line in lines] == [("ZeroDivisionError", "warning")]
     assert PROMPT not in json.dumps(lines, default=str)
 
 
