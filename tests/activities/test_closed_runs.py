@@ -33,6 +33,7 @@ from tests.versions.fullest import DOCUMENTS, fullest
 
 CHARGE = {**fullest(DOCUMENTS["charge"]), "key": "t:charge:1", "price": 100}
 COMMIT = {**fullest(DOCUMENTS["commit"]), "price": 200}
+PRE_DEDUCT = {**fullest(DOCUMENTS["pre-deduct"]), "key": "t:pre_deduct:1"}
 SUBMIT = {**fullest(DOCUMENTS["submit-job"]), "key": "t:submit:1"}
 SECOND_START = Run("second-start", "FAILED", first_run_id="second-start")
 
@@ -168,6 +169,16 @@ async def test_a_vanished_run_leaves_the_holds_that_its_row_names(task_store: Ta
     assert [hold.pre_deduct_id for hold in left.holds] == ["hold-1"]
 
 
+async def test_what_the_last_run_requested_is_left_beside_what_only_the_row_names(task_store: TaskStore) -> None:
+    task_id = await claimed(task_store, "run-1")
+    await task_store.note_made(task_id, "hold", "hold-of-before")
+    await task_store.note_made(task_id, "job", "job-of-before")
+    events = [requested("pre_deduct", PRE_DEDUCT), requested("submit_job", SUBMIT)]
+    left = await left_behind(Temporal(Run("run-1", events=events)), task_store, task_id)
+    assert [(hold.n, hold.pre_deduct_id) for hold in left.holds] == [(1, None), (2, "hold-of-before")]
+    assert [(job.attempt, job.job_id) for job in left.jobs] == [(1, None), (2, "job-of-before")]
+
+
 # Its earlier runs
 
 
@@ -269,3 +280,18 @@ async def test_of_tasks_that_were_found_closed_only_those_still_open_are_given_b
     assert "status" in unseen.reason
     await connection.execute("UPDATE tasks SET status = 'queued' WHERE task_id = $1", unreadable)
     await connection.close()
+
+
+async def test_a_look_without_the_namespace_fails_as_a_whole(task_store: TaskStore) -> None:
+    """The configuration is wrong: it says nothing of any one task, and none is shown as not looked at."""
+    task_id = await claimed(task_store, "run-1")
+    temporal = Temporal(Run("run-1"))
+    temporal.problem = NO_NAMESPACE
+    found = [ClosedRun(task_id=task_id, workflow_id=workflow_id_of(task_id), run_id="run-1", how="terminated")]
+    with pytest.raises(RPCError, match="Namespace"):
+        await ActivityEnvironment().run(ClosedRunActivities(temporal.client, task_store).still_closed, found)
+    assert task_id not in [each.task_id for each in await task_store.unseen_tasks()]
+    temporal.problem = AWAY
+    assert await ActivityEnvironment().run(ClosedRunActivities(temporal.client, task_store).still_closed, found) == []
+    [unseen] = [each for each in await task_store.unseen_tasks() if each.task_id == task_id]
+    assert "UNAVAILABLE" in unseen.reason

@@ -23,7 +23,7 @@ from comfyui_temporal.contracts.give_back import Orphans, OwnEnd
 from comfyui_temporal.contracts.requests import HoldState, RequestedHold, RequestedJob, RequestOutcome
 from comfyui_temporal.contracts.scenes import SCENES
 from comfyui_temporal.contracts.task_store import TaskRow
-from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, TaskStatus
+from comfyui_temporal.contracts.tasks import IMAGE_WORKFLOW, TRAINING_WORKFLOW, TaskStatus, TrainingResult
 from comfyui_temporal.encryption import PayloadEncryption
 from comfyui_temporal.encryption_keys import EncryptionKey
 from comfyui_temporal.plugin import DATA_CONVERTER, data_converter_of
@@ -96,6 +96,11 @@ class History:
 
     async def was_cancelled(self) -> None:
         await self.reader.take(self._event(Happened.EVENT_TYPE_WORKFLOW_EXECUTION_CANCELED))
+
+    async def completed(self, result: dict[str, Any]) -> None:
+        event = self._event(Happened.EVENT_TYPE_WORKFLOW_EXECUTION_COMPLETED)
+        event.workflow_execution_completed_event_attributes.result.payloads.append(payload(result))
+        await self.reader.take(event)
 
     async def failed(self, error: ApplicationError) -> None:
         event = self._event(Happened.EVENT_TYPE_WORKFLOW_EXECUTION_FAILED)
@@ -441,6 +446,15 @@ async def test_a_copy_that_another_run_or_the_gateway_made_is_left(
 
 
 # How the run ended by itself
+
+
+async def test_a_run_that_was_completed_ended_with_what_it_delivered() -> None:
+    """Its row may be open again: the store was restored."""
+    history, result = History(), fullest(TrainingResult)
+    await history.completed(result)
+    end = history.reader.orphans.own_end
+    assert end is not None and end.output is not None
+    assert (end.status.value, end.output.model_path) == (result["status"], result["output"]["model_path"])
 
 
 async def test_a_run_that_was_cancelled_ended_so() -> None:
