@@ -43,6 +43,8 @@ class Left(Parties):
         self.posted: list[Post[ChargeRequest]] = []
         """Sent by the give-back."""
         self.written: list[TaskWrite] = []
+        self.told_before = 0
+        """Points in the events that the run had published."""
         patch.setattr(workflow, "wait_condition", self._until)
         patch.setattr(workflow, "start_activity_method", self._started)
         patch.setattr(workflow, "execute_local_activity_method", self._write)
@@ -88,12 +90,19 @@ class Left(Parties):
     def _started(self, method: Any, argument: Any, **_: Any) -> asyncio.Task[Answer[Any]]:
         return asyncio.create_task(self.until_answered(method, argument))
 
-    async def _write(self, method: Any, write: TaskWrite, **_: Any) -> None:
+    async def _write(self, method: Any, write: TaskWrite, **__: Any) -> None:
         assert method is TaskStoreActivities.write
+        for _ in range(10):  # a store takes longer than the flow to its next call
+            await asyncio.sleep(0)
         self.written.append(write)
 
+    @property
+    def told(self) -> int:
+        """Points in all events that are written."""
+        return self.told_before + sum(fact.credits_delta or 0 for write in self.written for fact in write.facts)
+
     async def _published_points(self, *_: Any, **__: Any) -> int:
-        return 0
+        return self.told
 
     @staticmethod
     async def _until(happened: Callable[[], bool], **_: Any) -> None:
@@ -133,6 +142,48 @@ async def test_a_charged_task_keeps_its_results_where_its_job_is_not_found(monke
     await left.given_back(COMMITTED.requested(), jobs=[job("job-1")], cost=24, commit_of="hold-1", own_end=own_end)
     end = left.written[-1]
     assert (end.state.status, end.state.result_urls) == (TaskStatus.COMPLETED, RESULTS)
+
+
+async def test_a_task_hands_its_results_out_where_a_commit_was_sent_and_the_ledger_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may have been charged. The hold of that commit was not seen to be given back."""
+    left = Left(monkeypatch, COMMITTED)
+    left.is_ledger_refused = True
+    left.jobs = {"job-1": Answer(reply=JobState(job_id="job-1", job_status=JobStatus.DELIVERY, result_urls=RESULTS))}
+    result = await left.given_back(COMMITTED.requested(), jobs=[job("job-1")], cost=24, commit_of="hold-1")
+    assert (result.outcome, result.credits.charged) == ("settlement_unknown", None)
+    end = left.written[-1]
+    assert (end.state.status, end.state.result_urls) == (TaskStatus.COMPLETED, RESULTS)
+
+
+# Points
+
+
+async def test_the_points_of_the_run_and_of_its_give_back_add_up_to_what_was_charged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are added up once the store has all of them. Else what was given back would be shown twice."""
+    hold = OneHold(1, 24)
+    left = Left(monkeypatch, hold)
+    left.told_before = -24
+    result = await left.given_back(hold.requested().model_copy(update={"told": 24}))
+    assert (result.outcome, result.credits.returned, left.told) == ("given_back", 24, 0)
+
+
+@pytest.mark.parametrize(
+    ("status", "shortfall"),
+    [(TaskStatus.COMPLETED, 24), (TaskStatus.CANCELLED, 0), (TaskStatus.FAILED, 0)],
+)
+async def test_a_price_of_which_nothing_was_charged_is_short_only_where_the_run_had_completed_its_task(
+    monkeypatch: pytest.MonkeyPatch, status: TaskStatus, shortfall: int
+) -> None:
+    """A run before a reset had requested the price. Who got no results owes nothing."""
+    hold = OneHold(1, 24, end="cancel")
+    left = Left(monkeypatch, hold)
+    result = await left.given_back(hold.requested(), price_before=24, lives=1, own_end=OwnEnd(status=status))
+    assert (result.credits.charged, result.credits.shortfall) == (0, shortfall)
+    assert left.written[-1].state.status is status
 
 
 # What older versions began: replayed with other calls or waits, such a give-back would be stuck
