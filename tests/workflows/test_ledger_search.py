@@ -29,7 +29,7 @@ from workflows.ledger_search import (
     LedgerSearch,
     Shown,
 )
-from workflows.outside_call import OutsideCall
+from workflows.outside_call import UNREADABLE_FOR, OutsideCall
 from workflows.row_look import RowLook
 from workflows.step_labels import STEP_LABELS
 from workflows.task_ledger import Found, HoldFate, OpenHolds
@@ -87,13 +87,11 @@ class Looks:
 
     async def until_answered(self, *_: Any, **__: Any) -> Answer[Ledger]:
         self.at.append(self.now)
-        if self.is_refused:
-            return REFUSED
         reply = Ledger(entries=self.shown[::-1], cursor=self.cursor)
         if len(self.at) == self._paused_at:
             self.now += self._pause
             self.shown = self.shown_later
-        return Answer[Ledger](reply=reply)
+        return REFUSED if self.is_refused else Answer[Ledger](reply=reply)
 
     def visible(self, *_: Any, **__: Any) -> Awaitable[Answer[Ledger]]:
         return self.until_answered()
@@ -300,6 +298,21 @@ async def test_a_part_of_a_charge_is_absent_only_where_the_part_before_it_is_sho
     assert await looks.search(state).charge_shown(2, may_repeat=False) is shown
 
 
+# A task that was reset
+
+
+async def test_a_hold_of_a_reset_task_is_given_back_once_all_that_have_ended_are_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without ids the sum over the task's holds decides. A hold that is not shown may have been committed."""
+    before, own = OneHold(1, 24, end="cancel"), OneHold(2, 24, end="cancel")
+    looks, state = Looks(monkeypatch, paused_at=2, pause=timedelta(0)), HoldState(asked=[own.requested()])
+    looks.shown = entries_of(before, "reason")
+    looks.shown_later = [*entries_of(before, "reason"), *entries_of(own, "reason")]
+    found = await looks.search(state).fate_by_all(state.asked[0], known=2, but=0)
+    assert (found, len(looks.at)) == (Found(HoldFate.GIVEN_BACK), 3)
+
+
 # A service that does not show the ledger
 
 
@@ -307,6 +320,16 @@ async def test_how_a_hold_ended_is_unknown_where_the_ledger_is_not_shown(monkeyp
     looks, (_, state) = Looks(monkeypatch), one_hold()
     looks.is_refused = True
     assert await looks.search(state).fate_of(state.asked[0]) == Found(HoldFate.UNKNOWN)
+
+
+async def test_a_ledger_that_stays_unreadable_for_longer_than_a_search_is_read_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The task's end waits for the search. An answer that cannot be read is no first answer that makes it longer."""
+    looks, (_, state) = Looks(monkeypatch, paused_at=1, pause=UNREADABLE_FOR), one_hold()
+    looks.is_refused = True
+    assert await looks.search(state).fate_of(state.asked[0]) == Found(HoldFate.UNKNOWN)
+    assert (looks.at, looks.now) == ([NOON], NOON + UNREADABLE_FOR)
 
 
 async def test_no_other_hold_is_recorded_where_the_ledger_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
