@@ -451,6 +451,19 @@ def test_work_that_was_seen_after_its_start_counts_from_when_it_was_seen(watched
     assert watched.watch.begun_at() == start + timedelta(seconds=1)
 
 
+def test_an_older_run_counts_work_that_was_seen_before_its_start_from_when_it_was_seen(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its history holds the timers of that deadline: with others it would be stuck."""
+    monkeypatch.setattr(workflow, "patched", lambda _: False)
+    watched.receive(said(1))
+    seen = watched.now
+    watched.pass_seconds(60)
+    watched.watch.started(watched.now)
+
+    assert watched.watch.begun_at() == seen
+
+
 @pytest.mark.parametrize("seen_before", [True, False])
 def test_a_job_that_worked_before_its_id_was_known_counts_from_its_attempt_at_the_earliest(
     watched: Watched, seen_before: bool
