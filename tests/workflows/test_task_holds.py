@@ -175,6 +175,35 @@ async def test_a_run_that_goes_on_while_its_old_hold_is_given_back_takes_the_nex
     assert parties.open_holds == ["hold-2"]
 
 
+class Hanging(Parties):
+    """With a credits service that takes its time to cancel a hold."""
+
+    cancels = 0
+
+    async def in_background(self, method: Any, argument: Any, **named: Any) -> Answer[Any] | None:
+        if method is CreditsActivities.cancel_hold:
+            self.cancels += 1
+            for _ in range(20):
+                await asyncio.sleep(0)
+        return await super().in_background(method, argument, **named)
+
+
+async def test_a_replaced_hold_whose_cancel_hangs_is_not_cancelled_again_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counted twice as given back, the end of another hold would be taken for shown."""
+    old = OneHold(1, 24)
+    parties, state = Hanging(monkeypatch, old), own(old)
+    state.asked[0].leaving, state.asked[0].told = "renewed", 24
+    held = parties.credit_hold(state)
+    held.resume()
+    await once(lambda: parties.cancels == 1)
+    held.resume()
+    await held.give_back("the task was cancelled")
+    assert parties.open_holds == []
+    assert (parties.cancels, state.given_back, parties.records.points) == (1, 1, 24)
+
+
 async def test_nothing_counts_as_returned_while_a_hold_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     hold = OneHold(1, 24)
     held = Parties(monkeypatch, hold).credit_hold(own(hold))
