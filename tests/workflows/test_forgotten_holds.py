@@ -6,13 +6,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from temporalio.exceptions import ApplicationError
 
-from comfyui_temporal.contracts.errors import HOLD_NAMELESS, ExceptionCode
+from activities.credits import CreditsActivities
+from comfyui_temporal.contracts.calls import Post
+from comfyui_temporal.contracts.credits import ChargeReply, ChargeRequest
+from comfyui_temporal.contracts.errors import HOLD_NAMELESS, Answer, ExceptionCode
 from comfyui_temporal.contracts.give_back import EarlierJobs
 from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.requests import HoldState
 from comfyui_temporal.contracts.tasks import SettlementState
-from tests.workflows.holds_in_memory import TASK, Parties
+from tests.workflows.holds_in_memory import TASK, Parties, refusal
 from tests.workflows.test_ledger_search import NOON
 from tests.workflows.test_task_ledger import OneHold, charge_entry, entries_of
 from workflows.attempts import Attempts
@@ -108,6 +112,20 @@ async def test_an_own_hold_ends_known_beside_a_doubled_one_of_before_a_reset(mon
     await credits.forgotten.give_back()
     await credits.give_back("the task is cancelled")
     assert (credits.ends.are_unknown, state.given_back) == (False, 1)
+
+
+async def test_an_own_hold_ends_known_once_the_open_one_of_before_a_reset_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a ledger without ids the only end may be either hold's until both have ended."""
+    parties = Parties(monkeypatch, OneHold(1, 24), OneHold(2, 24, end="cancel"), shape="reason")
+    parties.earlier.add(RESET)
+    parties.hold_ids = ["hold-1", "hold-2"]
+    state = HoldState(asked=[OneHold(2, 24).requested()], granted=1, given_back=0)
+    credits = parties.credit_hold(state)
+    await credits.give_back("the task is cancelled")
+    assert parties.open_holds == []
+    assert (credits.ends.are_unknown, parties.records.codes) == (False, [])
 
 
 async def test_a_commit_of_before_a_reset_that_is_not_shown_stays_unknown_beside_a_doubled_hold(
@@ -264,6 +282,61 @@ async def test_a_give_back_charges_what_an_earlier_life_had_not_charged_yet_of_t
     finished = settlement(parties, holds)
     await finished.finish([], 2_460, is_refused=False, has_read=not is_old, was_completed=False)
     assert parties.charges == charges
+
+
+class Short(Parties):
+    """The balance is too short for any charge."""
+
+    def _charge(self, post: Post[ChargeRequest]) -> Answer[ChargeReply]:
+        return Answer[ChargeReply](refusal=refusal("insufficient_balance"))
+
+
+async def test_a_give_back_records_as_shortfall_what_the_balance_lacks_for_the_rest_of_a_price(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run that ended had charged the first 2,000 points."""
+    parties, state = Short(monkeypatch, OneHold(1, 2_460, end="expire")), HoldState()
+    parties.earlier.add(RESET)
+    parties.shown.append(charge_entry(2_000, "kind"))
+    holds = parties.credit_hold(state)
+    await holds.forgotten.give_back()
+    await settlement(parties, holds).finish([], 2_460, is_refused=False, has_read=True, was_completed=False)
+    assert (state.charged, state.shortfall, parties.records.codes) == (2_000, 460, [ExceptionCode.SHORTFALL])
+
+
+class Silent(Parties):
+    """No charge is answered."""
+
+    def visible(self, method: Any, argument: Any, **named: Any) -> Any:
+        if method is CreditsActivities.charge:
+            raise ApplicationError("The service does not answer.", type="timeout")
+        return super().visible(method, argument, **named)
+
+
+async def test_a_charge_without_a_hold_whose_end_is_unknown_is_recorded_with_its_points(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The price was 0 until the delivery, and no hold was ever taken."""
+    parties, state = Silent(monkeypatch), HoldState()
+    parties.is_ledger_refused = True
+    await settlement(parties, parties.credit_hold(state)).charge(24)
+    [unknown] = parties.records.exceptions.values()
+    assert (unknown.code, unknown.details["cost"], unknown.details["pre_deduct_id"]) == (
+        ExceptionCode.SETTLEMENT_UNKNOWN,
+        24,
+        None,
+    )
+    assert state.settlement is SettlementState.UNKNOWN
+
+
+async def test_the_rest_of_a_hold_comes_back_in_the_events_of_a_run_that_did_not_record_what_it_published(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Version 0.1.0 began it. Else its events would charge the price a second time."""
+    hold = OneHold(1, 24)
+    parties, state = Parties(monkeypatch, hold), HoldState(asked=[hold.requested()], granted=1)
+    await settlement(parties, parties.credit_hold(state)).charge(20)
+    assert (state.charged, parties.records.points) == (20, 4)
 
 
 async def test_a_delivery_is_committed_under_the_next_number_where_an_earlier_life_has_used_the_first(
