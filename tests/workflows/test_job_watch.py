@@ -561,6 +561,17 @@ def test_a_job_that_stays_silent_is_polled_after_a_second_look(expected_late: Wa
     assert [poll.job_id for poll in expected_late.polls.all] == ["j1"]
 
 
+def test_one_look_at_a_time_and_no_poll_beside_it(expected_late: Watched) -> None:
+    """The store is slow: its answer may make the poll needless."""
+    expected_late.pass_seconds(30)
+    expected_late.watch.check()
+    assert expected_late.due_in() is None
+    expected_late.pass_seconds(90)
+    expected_late.watch.check()
+
+    assert (len(expected_late.polls.looks), expected_late.polls.all) == (1, [])
+
+
 @pytest.fixture
 def half_lost(expected_late: Watched) -> Watched:
     """ComfyUI answered 404 once; a second one would end the job in ten seconds."""

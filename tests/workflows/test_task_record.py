@@ -218,6 +218,19 @@ def test_what_is_being_written_is_not_changed(recorded: Recorded) -> None:
     assert recorded.keys == ["j1:1", "j1:3"]
 
 
+def test_a_new_stage_and_an_error_are_changes_that_newer_figures_do_not_replace(recorded: Recorded) -> None:
+    """The gateway may have published newer ticks before: such progress is left out, a change is not."""
+    recorded.receive(1, is_new_stage=True, stage="sampling")
+    recorded.record.publish("held:2", EventType.CREDITS)
+    recorded.pass_seconds(2)
+    recorded.receive(2, progress=10.0, stage="sampling")
+    recorded.record.publish("held:3", EventType.CREDITS)
+    recorded.receive(3, is_new_stage=True, stage="sampling", error=ErrorDetails(code=FailureCode.LOST))
+
+    changes = [(fact.key, fact.is_change) for fact in recorded.carried.unwritten]
+    assert changes == [("j1:1", True), ("held:2", False), ("j1:2", False), ("held:3", False), ("j1:3", True)]
+
+
 def test_a_message_is_no_progress_and_is_never_coalesced(recorded: Recorded) -> None:
     recorded.receive(1, progress=10.0)
     recorded.record.publish("queue_sla", EventType.RUNNING, message="Still queued.")
