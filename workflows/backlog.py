@@ -62,7 +62,7 @@ class Backlog:
         """Append a fact; progress replaces the progress just before it."""
         waiting = self._facts.items
         if len(waiting) > self._facts_in_flight and _is_progress(fact) and _same_stage(waiting[-1], fact):
-            self._facts.replace(len(waiting) - 1, fact)
+            self._facts.replace(len(waiting) - 1, _with_change_of(waiting[-1], fact))
             return
         if len(waiting) >= MAX_UNWRITTEN:
             self._leave_out_progress(len(waiting))
@@ -77,9 +77,13 @@ class Backlog:
         last_of = {(fact.job_id, fact.stage): i for i, fact in enumerate(waiting) if _is_progress(fact)}
         within = (i for i in range(self._facts_in_flight, end) if _is_progress(waiting[i]))
         oldest = next((i for i in within if last_of[waiting[i].job_id, waiting[i].stage] > i), None)
-        if oldest is not None:
-            self._facts.remove(oldest)
-        return oldest is not None
+        if oldest is None:
+            return False
+        left_out = waiting[oldest]
+        later = next(i for i in range(oldest + 1, len(waiting)) if _same_stage(left_out, waiting[i]))
+        self._facts.replace(later, _with_change_of(left_out, waiting[later]))
+        self._facts.remove(oldest)
+        return True
 
     def _leave_out_any(self) -> bool:
         waiting = self._facts.items
@@ -132,6 +136,11 @@ def _is_progress(fact: Fact) -> bool:
 
 def _same_stage(earlier: Fact, later: Fact) -> bool:
     return _is_progress(earlier) and (earlier.job_id, earlier.stage) == (later.job_id, later.stage)
+
+
+def _with_change_of(earlier: Fact, later: Fact) -> Fact:
+    """`later` in place of `earlier`: a change stays one, as the store leaves out other progress than the newest."""
+    return later.model_copy(update={"is_change": True}) if earlier.is_change and not later.is_change else later
 
 
 def _count_of(marker: Fact) -> int:

@@ -15,6 +15,7 @@ from comfyui_temporal.contracts.errors import ErrorDetails, ExceptionCode, Failu
 from comfyui_temporal.contracts.size_budget import MAX_UNWRITTEN
 from comfyui_temporal.contracts.task_events import EventType
 from comfyui_temporal.contracts.tasks import ImageTask, TaskStatus
+from store.fact_rules import WrittenSoFar
 from workflows.failures import TaskFailed
 from workflows.outside_call import OutsideCall
 from workflows.task_record import TaskRecord
@@ -229,6 +230,27 @@ def test_a_new_stage_and_an_error_are_changes_that_newer_figures_do_not_replace(
 
     changes = [(fact.key, fact.is_change) for fact in recorded.carried.unwritten]
     assert changes == [("j1:1", True), ("held:2", False), ("j1:2", False), ("held:3", False), ("j1:3", True)]
+
+
+def test_a_change_of_stage_stays_one_where_newer_progress_of_that_stage_replaces_it(recorded: Recorded) -> None:
+    """Seen: a job went back to the queue while a write hung, and ticked again: no event of the queue was written."""
+    recorded.receive(7, is_new_stage=True, status=TaskStatus.QUEUED, stage="queued")
+    recorded.pass_seconds(2)
+    recorded.receive(8, status=TaskStatus.QUEUED, stage="queued", queue_position=3)
+    [fact] = recorded.carried.unwritten
+    [(_, written)] = WrittenSoFar(last_seq=5, has_ended=False, job_sequences={"j1": 9}).take([fact], set())
+    assert (written.key, written.stage, written.queue_position) == ("j1:8", "queued", 3)
+
+
+def test_a_change_of_stage_stays_one_where_a_full_list_leaves_its_first_progress_out(recorded: Recorded) -> None:
+    recorded.receive(1, is_new_stage=True, stage="sampling")
+    recorded.record.publish("held:2", EventType.CREDITS)
+    recorded.pass_seconds(2)
+    recorded.receive(2, stage="sampling", progress=40.0)
+    for n in range(MAX_UNWRITTEN):
+        recorded.record.publish(f"more:{n}", EventType.CREDITS)
+    changes = {fact.key: fact.is_change for fact in recorded.carried.unwritten}
+    assert ("j1:1" in changes, changes["j1:2"]) == (False, True)
 
 
 def test_a_message_is_no_progress_and_is_never_coalesced(recorded: Recorded) -> None:
