@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from temporalio import workflow
 
-from comfyui_temporal.contracts.calls import CallFor, Post
-from comfyui_temporal.contracts.comfyui import JobRequest, Resolution, TaskPriority
+from comfyui_temporal.contracts.calls import CallFor, JobCall, Post
+from comfyui_temporal.contracts.comfyui import JobAccepted, JobCancelled, JobRequest, Resolution, TaskPriority
 from comfyui_temporal.contracts.continuation import JobUpdate
 from comfyui_temporal.contracts.errors import Answer, ErrorDetails, ExceptionCode, FailureCode, UnreadableReply
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.requests import RequestedJob, RequestOutcome
 from comfyui_temporal.contracts.tasks import TaskStatus
 from tests.workflows.books import Ending, ended
+from tests.workflows.holds_in_memory import refusal
 from tests.workflows.limits import limits_of
 from tests.workflows.platform import Handle, Platform, scheduled, task_id_of
 from workflows.alarm import Alarm
 from workflows.attempts import Attempts
+from workflows.earlier_life import EarlierLives
+from workflows.failures import RowEnded
 from workflows.job_clock import JobClock
 from workflows.job_routes import IMAGE_ROUTES
 from workflows.outside_call import OutsideCall
@@ -31,6 +36,16 @@ from workflows.task_record import TaskRecord
 
 Task = dict[str, Any]
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+BODY = JobRequest(
+    task_id="t1",
+    tenant_id="tenant",
+    user_id="user",
+    template_id="upscale",
+    prompt="a cat",
+    resolution=Resolution.HD,
+    priority=TaskPriority.STANDARD,
+    callback_url="http://gateway.test/callbacks/comfyui/t1",
+)
 NO_POLLS = {"poll_after_seconds": 86_400.0, "poll_at_most_seconds": 86_400.0}
 RETRIED = [("gpu_preempted", False), ("lost", False), ("internal", True), ("gpu_on_fire", True)]
 NOT_RETRIED = [
@@ -432,17 +447,7 @@ class Unreadable:
 async def test_a_job_whose_id_stays_unreadable_is_recorded_once() -> None:
     """It was asked for during 15 minutes."""
     calls = Unreadable()
-    body = JobRequest(
-        task_id="t1",
-        tenant_id="tenant",
-        user_id="user",
-        template_id="upscale",
-        prompt="a cat",
-        resolution=Resolution.HD,
-        priority=TaskPriority.STANDARD,
-        callback_url="http://gateway.test/callbacks/comfyui/t1",
-    )
-    job = RequestedJob(attempt=1, key="t1:submit:1", request=body, asked_at=NOON)
+    job = RequestedJob(attempt=1, key="t1:submit:1", request=BODY, asked_at=NOON)
     outside, record, clock = cast(OutsideCall, calls), cast(TaskRecord, calls), cast(JobClock, None)
     attempts = Attempts(IMAGE_ROUTES, outside, record, clock, Stop(), Alarm(), [job])
     for _ in range(2):
@@ -451,3 +456,71 @@ async def test_a_job_whose_id_stays_unreadable_is_recorded_once() -> None:
     assert calls.asked == [("t1:submit:1", True)]
     assert calls.exceptions == [("undo_job:1", ExceptionCode.UNDO_UNFINISHED, None)]
     assert (job.outcome, job.request) == (RequestOutcome.REFUSED, None)
+
+
+class Stopped(Unreadable):
+    """The task's row ends while a job is requested. ComfyUI answers the undo: with the job, or with a refusal."""
+
+    earlier = EarlierLives()
+    waits = SimpleNamespace(is_covered=lambda: True)
+
+    def __init__(self, answer: Answer[Any], *, is_unsent: bool = False) -> None:
+        super().__init__()
+        self._answer, self._is_unsent = answer, is_unsent
+        self.cancelled: list[str] = []
+
+    def may_begin(self) -> None:
+        pass
+
+    def attempted(self, number: int) -> None:
+        pass
+
+    def key(self, step: str, n: int | str) -> str:
+        return f"t1:{step}:{n}"
+
+    async def setup(self, *_: Any, **__: Any) -> Answer[Any]:
+        raise RowEnded(is_unsent=self._is_unsent)
+
+    async def until_answered(self, method: Any, post: Post[JobRequest], *, summary: str) -> Answer[Any]:
+        await super().until_answered(method, post, summary=summary)
+        return self._answer
+
+    async def in_background(self, method: Any, call: JobCall, **_: Any) -> Answer[JobCancelled]:
+        assert method is IMAGE_ROUTES.cancel
+        self.cancelled.append(call.job_id)
+        return Answer(reply=JobCancelled())
+
+    def record_exception(self, key: str, code: ExceptionCode, _: str, *, job_id: str | None) -> None:
+        self.exceptions.append((key, code, job_id))
+
+
+MADE = Answer[JobAccepted](reply=JobAccepted(job_id="j1", estimated_cost=24))
+
+
+async def stopped_and_undone(monkeypatch: pytest.MonkeyPatch, calls: Stopped) -> None:
+    monkeypatch.setattr(workflow, "now", lambda: NOON)
+    monkeypatch.setattr(workflow, "patched", lambda _: True)
+    monkeypatch.setattr(workflow, "wait", asyncio.wait)
+    outside, record, clock = cast(OutsideCall, calls), cast(TaskRecord, calls), cast(JobClock, None)
+    attempts = Attempts(IMAGE_ROUTES, outside, record, clock, Stop(), Alarm(), [])
+    with pytest.raises(RowEnded):
+        await attempts.submit(BODY)
+    await attempts.cancel_all("the task had ended")
+
+
+@pytest.mark.parametrize(("is_unsent", "cancelled"), [(False, ["j1"]), (True, [])], ids=["sent", "never sent"])
+async def test_a_job_whose_request_was_stopped_is_cancelled_where_it_may_have_been_sent(
+    monkeypatch: pytest.MonkeyPatch, is_unsent: bool, cancelled: list[str]
+) -> None:
+    """Else it would run for nobody. One that was never sent would be made by the repeat that asks for its id."""
+    calls = Stopped(MADE, is_unsent=is_unsent)
+    await stopped_and_undone(monkeypatch, calls)
+    assert calls.cancelled == cancelled
+    assert calls.asked == [("t1:submit:1", True)] * len(cancelled)
+
+
+async def test_nothing_is_recorded_of_a_job_that_turns_out_to_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was made under its key, so nothing is left running that a person should look at."""
+    calls = Stopped(Answer(refusal=refusal("template_not_found")))
+    await stopped_and_undone(monkeypatch, calls)
+    assert (calls.cancelled, calls.exceptions) == ([], [])
