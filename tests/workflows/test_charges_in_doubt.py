@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from temporalio import workflow
+from temporalio.exceptions import ApplicationError
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.calls import Post
 from comfyui_temporal.contracts.comfyui import TaskPriority
 from comfyui_temporal.contracts.credits import CHARGE_REASON, ChargeReply, ChargeRequest
 from comfyui_temporal.contracts.errors import Answer, ExceptionCode, RefusalKind
-from comfyui_temporal.contracts.lives import EarlierLife
+from comfyui_temporal.contracts.lives import STORE_UNAVAILABLE, EarlierLife
 from comfyui_temporal.contracts.permissions import Scene
 from comfyui_temporal.contracts.requests import HoldState
 from comfyui_temporal.contracts.task_store import UnsettledTask
 from comfyui_temporal.contracts.tasks import CreditsSummary, ImageTask, SettlementState
 from store.unsettled import LOOKED_AT_FOR
 from tests.workflows.holds_in_memory import refusal
-from tests.workflows.test_ledger_search import Looks
+from tests.workflows.test_ledger_search import NOON, Looks
 from tests.workflows.test_task_ledger import OneHold, charge_entry, entries_of
 from workflows import correction
+from workflows.charges import STORE_AGAIN_AT_MOST
 from workflows.credit_hold import CreditHold
 from workflows.hold_ends import HoldEnds
 from workflows.outside_call import OutsideCall
@@ -197,6 +200,46 @@ async def test_work_for_which_nothing_was_held_is_charged_or_short(
     assert service.keys == ["t:charge:1"]
     assert (task.state.charged, task.state.shortfall) == ((0, 24) if refuses else (24, 0))
     assert (task.state.settlement, task.exceptions) == (SettlementState.SETTLED, ["shortfall"] if refuses else [])
+
+
+async def test_a_charge_that_nobody_can_have_sent_before_is_sent_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service keeps no keys, and its hold had ended. Where there was no reset, no ledger has to be waited for."""
+    hold, service = OneHold(1, 24, "cancel"), Service(monkeypatch)
+    service.shown = entries_of(hold, "reason")
+    task = Settled(service, hold)
+    await task.settlement.charge(24)
+    assert (service.keys, task.state.charged) == (["t:commit:1", "t:charge:1"], 24)
+    assert service.now == NOON
+
+
+class StoreAway(Service):
+    """The task store, which is read before each charge, is away for five minutes."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__(patch)
+        self.tried_at: list[datetime] = []
+
+    def visible(self, method: Any, argument: Any, **named: Any) -> Awaitable[Any]:
+        if method is not CreditsActivities.charge:
+            return super().visible(method, argument, **named)
+        self.tried_at.append(self.now)
+        assert len(self.tried_at) < 100, "nothing would come between two tries"
+        return super().visible(method, argument) if self.now >= NOON + timedelta(minutes=5) else self._away()
+
+    async def _away(self) -> None:
+        raise ApplicationError("The task store does not answer.", type=STORE_UNAVAILABLE)
+
+
+async def test_a_charge_waits_longer_and_longer_for_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try is kept in the run's history, which has an end."""
+    hold, service = OneHold(1, 24, "expire"), StoreAway(monkeypatch)
+    service.shown = entries_of(hold, "kind")
+    task = Settled(service, hold)
+    await task.settlement.charge(24)
+    pauses = [(after - before).total_seconds() for before, after in pairwise(service.tried_at)]
+    assert pauses[:4] == [2, 4, 8, 16]
+    assert max(pauses) == STORE_AGAIN_AT_MOST.total_seconds()
+    assert (service.keys, task.state.charged, task.exceptions) == (["t:commit:1", "t:charge:1"], 24, [])
 
 
 def charge_requested(n: int, amount: int) -> Post[ChargeRequest]:

@@ -25,6 +25,7 @@ from tests.workflows.holds_in_memory import Parties, refusal
 from tests.workflows.test_charges_in_doubt import charge_requested
 from tests.workflows.test_ledger_search import NOON
 from tests.workflows.test_task_ledger import OneHold, charge_entry
+from workflows.charges import COUNTED_AS_SHOWN
 from workflows.give_back import LEDGER_READ_FIRST, LIVES_KNOWN, OrphanedTask
 from workflows.settlement import GIVEN_BACK_BEFORE
 
@@ -206,6 +207,20 @@ async def test_the_rest_of_a_price_is_charged_as_the_version_that_began_the_give
         ("t:charge:2", 460, has_read)
     ]
     assert result.credits.charged == 2_460
+
+
+@pytest.mark.parametrize(
+    ("unpatched", "rest"), [((), 1_460), ((COUNTED_AS_SHOWN,), 460)], ids=["today's", "an older version's"]
+)
+async def test_a_part_that_the_ledger_shows_with_another_amount_counts_as_in_the_version_that_began_the_give_back(
+    monkeypatch: pytest.MonkeyPatch, unpatched: tuple[str, ...], rest: int
+) -> None:
+    """An earlier life had sent it under the same key, with 1,000 points instead of 2,000."""
+    hold = OneHold(1, 2_460, end="cancel")
+    left = Left(monkeypatch, hold, unpatched=unpatched)
+    left.shown.append(charge_entry(1_000, "kind"))
+    await left.given_back(hold.requested(), charges=[charge_requested(1, 2_000)], cost=2_460, lives=1)
+    assert [(post.key, post.body.amount) for post in left.posted] == [("t:charge:2", rest)]
 
 
 async def test_a_give_back_that_an_older_version_began_counts_the_charges_of_its_run_alone(
