@@ -10,7 +10,8 @@ import pytest
 
 from activities.credits import CreditsActivities
 from comfyui_temporal.contracts.credits import CancelHoldReply
-from comfyui_temporal.contracts.errors import Answer, ExceptionCode, RefusalKind
+from comfyui_temporal.contracts.errors import Answer, ExceptionCode, FailureCode, Refusal, RefusalKind
+from comfyui_temporal.contracts.lives import EarlierLife
 from comfyui_temporal.contracts.requests import HoldState
 from tests.workflows.holds_in_memory import Parties, once, refusal
 from tests.workflows.test_ledger_search import NOON
@@ -51,6 +52,59 @@ async def test_a_renewal_that_was_stopped_after_a_lost_answer_is_given_back(monk
     await held.give_back("the task has ended")
     assert parties.open_holds == []
     assert parties.records.codes == []
+
+
+async def test_a_hold_that_lasts_just_as_long_as_its_task_may_need_is_not_renewed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every hold is requested for just that long: each renewal takes the payer's points twice for a while."""
+    parties = Parties(monkeypatch)
+    held = parties.credit_hold(HoldState())
+    await held.cover(24)
+    parties.now += timedelta(seconds=400)
+    held.check()
+    assert (parties.open_holds, held.is_renewing()) == (["hold-1"], False)
+
+
+def test_while_no_hold_stands_the_last_one_that_was_granted_says_what_was_covered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A training's price is compared with it: one that was held before is not to be confirmed again in a gap."""
+    over, refused = OneHold(1, 24, end="cancel"), OneHold(2, 36).requested()
+    state = own(over, uncovered_since=NOON)
+    state.asked[0].resolved, refused.pre_deduct_id, refused.refused = True, None, True
+    state.asked.append(refused)
+    held = Parties(monkeypatch, over).credit_hold(state)
+    assert (held.standing, held.covered) == (None, 24)
+
+
+class LongWhileShort(Parties):
+    """The balance is too short beside a hold of before the reset. The run continues as new while that is cancelled."""
+
+    async def until_answered(self, *arguments: Any, **named: Any) -> Answer[Any]:
+        if arguments[0] is CreditsActivities.pre_deduct:
+            code, message = FailureCode.INSUFFICIENT_BALANCE, "insufficient_balance"
+            return Answer(refusal=Refusal(code=code, message=message, http_status=402, sentence="It is too short."))
+        if arguments[0] is CreditsActivities.cancel_hold:
+            self.is_suspended = True
+            await asyncio.Event().wait()
+        return await super().until_answered(*arguments, **named)
+
+
+async def test_a_run_that_continues_as_new_while_it_gives_back_a_hold_of_before_leaves_the_rest_to_the_next_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That hold's points will be enough for the first hold of a training that was free: it is not without cover."""
+    parties = LongWhileShort(monkeypatch, OneHold(1, 24))
+    parties.earlier.add(EarlierLife(lives=1))
+    parties.hold_ids = ["hold-1"]
+    state = HoldState()
+    held = parties.credit_hold(state)
+    held.require(24)
+    held.check()
+    await once(held.has_update)
+    held.check()
+    assert (parties.records.codes, state.uncovered_since) == ([], None)
 
 
 class Slow(Parties):
