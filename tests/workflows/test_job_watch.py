@@ -22,9 +22,13 @@ from comfyui_temporal.contracts.task_store import Heard, HeardOrder
 from comfyui_temporal.contracts.tasks import TaskStatus
 from comfyui_temporal.contracts.ticks import digest_of
 from tests.workflows.limits import limits_of
+from workflows.alarm import Alarm
+from workflows.following import Following
+from workflows.job_clock import JobClock
 from workflows.job_routes import IMAGE_ROUTES
 from workflows.job_watch import JobWatch
 from workflows.outside_call import OutsideCall
+from workflows.stop import Stop
 from workflows.task_limits import TaskLimits
 from workflows.task_record import TaskRecord
 
@@ -401,6 +405,16 @@ def test_what_is_expected_stretches_the_silence_up_to_its_limit(
     watched.receive(said(1, next_eta=(NOON + timedelta(seconds=eta_seconds)).isoformat()))
 
     assert watched.due_in() == silence
+
+
+async def test_a_poll_in_flight_is_dropped_at_the_end_of_its_job(watched: Watched) -> None:
+    """Where ComfyUI is away it would be repeated for as long as the task is settled."""
+    poll = watched.ask()
+    watched.watch.take(json.dumps(delivered(2)).encode())
+    following = Following(watched.watch, cast(JobClock, None), Stop(), Alarm(), [], cast(Any, None))
+
+    assert (await following.job_end()).succeeded
+    assert poll.is_cancelled
 
 
 def test_one_poll_at_a_time_of_the_current_job(watched: Watched) -> None:
