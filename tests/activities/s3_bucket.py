@@ -12,6 +12,8 @@ from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 from obstore.store import S3Store
 
 BUCKET = "bucket"
+IMPORT_SECONDS = 30.0
+"""moto imports S3 in the first request for it: some seconds on a busy machine."""
 
 
 class Bucket:
@@ -44,7 +46,7 @@ async def s3(patch: pytest.MonkeyPatch) -> AsyncIterator[Bucket]:
     patch.setenv("AWS_ACCESS_KEY_ID", "key")
     patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     try:
-        async with httpx.AsyncClient(base_url=url) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=IMPORT_SECONDS) as http:
             (await http.post("/moto-api/reset")).raise_for_status()  # moto keeps one state in each process
             (await http.put(f"/{BUCKET}")).raise_for_status()
         yield Bucket()
