@@ -62,7 +62,7 @@ def left(*jobs: RequestedJob, charges: int = 0, price: int | None = None) -> Sim
 
 
 class Attempts:
-    """Attempts of one activity, which read the runs that it is given; each is told how far the one before it was."""
+    """Attempts of one activity, which read the runs that it is given; each begins where the one before it stopped."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *runs: SimpleNamespace) -> None:
         self._runs = {f"run-{n}": run for n, run in enumerate(runs)}
